@@ -1,0 +1,64 @@
+PYTHON ?= python3
+VENV ?= .venv
+# Every package at the version the tests were last run with. `make setup LOCK=` takes the newest of everything instead.
+LOCK ?= constraints/cpu.txt
+# Where torch alone comes from, e.g. https://download.pytorch.org/whl/cpu; empty means pip's own index.
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+WITH_LOCK := $(if $(LOCK),-c $(LOCK))
+NATIVE := setup.py $(wildcard csrc/*)
+
+.PHONY: setup demo test check ci-long lock clean
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/rlhf run
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# --no-deps: an index of torch builds holds other versions of what torch needs; the next step gets those from pip's own.
+$(VENV)/.torch: $(LOCK)
+	@echo "setup: $(VENV) with build tools and torch ($(if $(LOCK),versions from $(LOCK),newest versions))"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade $(WITH_LOCK) setuptools wheel ninja pybind11
+	$(PIP) install --no-deps $(WITH_LOCK) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+# torch first, and no build isolation: the extension compiles against the headers of the torch that will load it.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
+	@echo "setup: rlhf_engine, editable, with what the demo and the tests need"
+	$(PIP) install $(WITH_LOCK) --no-build-isolation -e ".[demo,test]"
+	@$(BIN)/python -m rlhf_engine.native
+	@touch $@
+
+# The unlocked job: does the newest of everything still import and pass a quick test? Only torch stays as it is in
+# $(VENV), since another build of it is gigabytes.
+ci-long: setup
+	@echo "ci-long: unlocked install"
+	$(BIN)/python -m pip freeze | grep -E '^torch==' > $(VENV)/torch.txt
+	$(MAKE) setup VENV=.venv-unlocked LOCK=$(VENV)/torch.txt
+	.venv-unlocked/bin/python -m pytest -q tests/test_layers.py tests/test_native.py tests/test_kernels.py
+
+# A new lock: everything at its newest in a clean environment, except torch and the triton it was tested with.
+lock:
+	rm -rf .venv-lock
+	printf 'torch==2.13.0\ntriton==3.7.1\n' > .lock-base.txt
+	$(MAKE) setup VENV=.venv-lock LOCK=.lock-base.txt
+	mkdir -p constraints
+	(echo "# Written by 'make lock' with $$(.venv-lock/bin/python -V)"; .venv-lock/bin/python -m pip freeze --all --exclude-editable --exclude pip \
+		| sed -E 's/^(torch==[0-9.]+)\+.*/\1/') > constraints/cpu.txt
+	rm -rf .venv-lock .lock-base.txt
+
+clean:
+	rm -rf $(VENV) .venv-unlocked .venv-lock .lock-base.txt build dist *.egg-info rlhf_engine/_C.so rlhf_engine/_C.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,3 @@
+from rlhf_engine.cli import main
+
+raise SystemExit(main())

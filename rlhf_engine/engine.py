@@ -1,0 +1,342 @@
+"""`PPOEngine`: rollout -> score -> update over policy, frozen reference, critic and rewards.
+
+Exactly on-policy: micro-batches are cut once per rollout; `score` and every epoch of `update` run the same ones through
+the same code, so before the first optimiser step the ratio is exactly 1. Where policy and reference share frozen
+layers, the hidden states at the split are kept from decoding and reused by reference, critic, reward and every epoch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_engine import data, models, ops, ppo, rollout
+from rlhf_engine.config import PPOConfig
+from rlhf_engine.models import Critic, HiddenStates
+from rlhf_engine.reward_model import FrozenRewardModel, RewardModel
+from rlhf_engine.types import Experience, Prompts, Rollout, StepStats
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+Progress = Callable[[str, int, int, str], None]  # phase, done, total, unit
+
+
+@dataclass(slots=True)
+class RewardTerm:
+    """One weighted term of the reward: a reward model, or a function of (prompts, responses)."""
+
+    name: str
+    source: RewardModel | RewardFunction
+    weight: float = 1.0
+
+
+class PPOEngine:
+    """Drives PPO on one device. `step(prompts)` = `update(score(rollout(prompts)))`; each part can be called alone.
+
+    Args:
+        policy: causal LM. Without `reference`, its parameters are frozen here as the config says and the reference is a
+            copy that shares the frozen ones. With `reference`, requires_grad is taken as it is.
+        reference: frozen causal LM of the same family.
+        value: a classifier with one output to start the critic from; None builds what `config.critic` says.
+        reward: a reward model, a function reward(prompts, responses) -> list of floats, or a list of `RewardTerm`.
+        tokenizer: the policy's.
+        config: see PPOConfig.
+        seed: of sampling and shuffling.
+        progress: called with (phase, done, total, unit) while a step runs.
+
+    Raises:
+        ValueError: no reward, nothing to train, or models that do not fit together.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: nn.Module | None = None,
+        value: nn.Module | None = None,
+        reward: RewardModel | RewardFunction | list[RewardTerm] | None = None,
+        tokenizer: Any = None,
+        config: PPOConfig | None = None,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config = config or PPOConfig()
+        if reward is None or reward == []:
+            raise ValueError(
+                "PPOEngine: reward is missing; pass a reward model or a function reward(prompts, responses)"
+            )
+        if tokenizer is None:
+            raise ValueError("PPOEngine: tokenizer is missing; pass the policy's")
+        self.rewards = reward if isinstance(reward, list) else [RewardTerm("reward", reward)]
+        self.tokenizer = tokenizer
+        if reference is None:
+            c = self.config
+            models.freeze(
+                policy, train_layers=c.train_layers, train_embeddings=c.train_embeddings, train_head=c.train_head
+            )
+            reference = models.copy_sharing_frozen(policy)
+        self.policy = policy.eval()  # eval: dropout would make old and new log-probs differ
+        self.reference = reference.requires_grad_(False).eval()
+        self.reference_checksum = models.checksum(self.reference)
+        self.split = self._split()
+        self.critic = self._critic(value)
+        self.policy_optimiser = ppo.MasterAdamW(policy.parameters(), self.config.lr, self.config)
+        self.value_optimiser = ppo.MasterAdamW(self.critic.parameters(), self.config.value_lr, self.config)
+        if not self.policy_optimiser.parameters:
+            raise ValueError("PPOEngine: the policy has no trainable parameter; raise ppo.train_layers")
+        self.kl_controller = ppo.KLController.from_config(self.config)
+        self.device = next(policy.parameters()).device
+        self.sampling = torch.Generator(self.device).manual_seed(seed)
+        self.shuffling = torch.Generator().manual_seed(seed)
+        self.progress = progress or (lambda phase, done, total, unit: None)
+        self.step_index = 0
+        self.first_ratio_deviation = 0.0  # largest over all steps, before each step's first optimiser step
+
+    def _split(self) -> int | None:
+        """The first layer that is not shared with the reference; None where not even the embeddings are."""
+        depth = models.shared_depth(self.policy, self.reference)
+        return None if depth is None else min(depth, len(models.decoder_layers(self.policy)) - 1)
+
+    def _critic(self, value: nn.Module | None) -> Critic:
+        if value is not None:
+            critic = models.critic_from_classifier(value)
+        else:
+            body = None
+            if self.config.critic == "layers":
+                # Same weights, split and sharing as the policy at its start; trains by its own loss.
+                body = models.copy_sharing_frozen(self.policy)
+                body.get_output_embeddings().requires_grad_(False)
+            critic = Critic(self.policy.config.get_text_config().hidden_size, body)
+        return critic.to(next(self.policy.parameters()).device)
+
+    def _prompts(self, prompts: Prompts | list[str]) -> Prompts:
+        made = prompts if isinstance(prompts, Prompts) else data.make_prompts(prompts, self.tokenizer)
+        if not len(made):
+            raise ValueError("PPOEngine: there are no prompts")
+        made.input_ids, made.attention_mask = made.input_ids.to(self.device), made.attention_mask.to(self.device)
+        return made
+
+    def rollout(self, prompts: Prompts | list[str], *, generator: torch.Generator | None = None) -> Rollout:
+        """Samples one response per prompt, with the engine's own generator unless given one, and cuts micro-batches."""
+        c = self.config
+        capture = set() if self.split is None else {self.split, *self._reward_layers(below=self.split + 1)}
+        return rollout.sample(
+            self.policy, self._prompts(prompts), tokenizer=self.tokenizer, max_new_tokens=c.max_new_tokens,
+            micro_batch_size=c.micro_batch_size, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+            capture=capture, generator=generator or self.sampling,
+            progress=lambda done, total: self.progress("generate", done, total, "tokens"),
+        )  # fmt: skip
+
+    def _reward_layers(self, *, below: int = 10**9) -> set[int]:
+        """Hidden states of the reference that reward models on the same body read."""
+        shared = [
+            t.source
+            for t in self.rewards
+            if isinstance(t.source, FrozenRewardModel) and t.source.body is self.reference
+        ]
+        return {layer for source in shared for layer in source.layers if layer < below}
+
+    @torch.no_grad()
+    def score(self, batch: Rollout) -> Experience:
+        """Log-probs of policy and reference, values, rewards, advantages; nothing is trained."""
+        shape = batch.response_mask.shape
+        zeros = {k: torch.zeros(shape, device=self.device) for k in ("logprobs", "ref", "entropy", "values")}
+        prompt_width = batch.tokens.shape[1] - shape[1]
+        states: list[HiddenStates] = []
+        critic_hidden = []
+        for rows in batch.micro_batches:
+            zeros["logprobs"][rows], zeros["entropy"][rows] = self._logprobs(self.policy, batch, rows)
+            ref_hidden, captured = self._body(self.reference, batch, rows, capture=self._late_layers(batch))
+            zeros["ref"][rows], _ = self._head(self.reference, ref_hidden, batch, rows)
+            states.append(captured)
+            own = ref_hidden if self.critic.body is None else self._body(self.critic.body, batch, rows)[0]
+            own = own[:, prompt_width - 1 : -1]
+            zeros["values"][rows] = torch.where(batch.response_mask[rows], self.critic(own), 0.0)
+            critic_hidden.append(own)
+            self.progress("score", rows.stop, len(batch), "responses")
+        hidden = {k: torch.cat([s[k] for s in states]) for k in states[0]}
+        terms = self.reward_terms(batch, hidden)
+        scores = sum(t.weight * terms[t.name] for t in self.rewards)
+        shaped = ppo.shape_advantages(
+            self.config, scores=scores, finished=batch.finished, logprobs=zeros["logprobs"], ref_logprobs=zeros["ref"],
+            values=zeros["values"], mask=batch.response_mask, kl_coef=self.kl_controller.coef,
+        )  # fmt: skip
+        return Experience(
+            rollout=batch, logprobs=zeros["logprobs"], ref_logprobs=zeros["ref"], entropy=zeros["entropy"],
+            values=zeros["values"], scores=scores, score_terms=terms, rewards=shaped.rewards, kl=shaped.kl,
+            advantages=shaped.advantages, returns=shaped.returns, value_mask=shaped.value_mask,
+            critic_hidden=torch.cat(critic_hidden) if self.critic.body is None else None,
+        )  # fmt: skip
+
+    def _late_layers(self, batch: Rollout) -> set[int]:
+        """Layers that reward models read and that decoding did not keep."""
+        return self._reward_layers() - set(batch.hidden)
+
+    @torch.no_grad()
+    def reward_terms(self, batch: Rollout, hidden: HiddenStates | None = None) -> dict[str, Tensor]:
+        """name -> (B,) unweighted rewards of a rollout; `hidden` are reference states beyond those in the rollout."""
+        mask = self._text_mask(batch)
+        known = {**batch.hidden, **(hidden or {})}
+        terms = {}
+        for term in self.rewards:
+            if isinstance(term.source, nn.Module):
+                ready = getattr(term.source, "body", None) is self.reference and set(term.source.layers) <= set(known)
+                value = term.source.score(batch.tokens, mask, known if ready and term.source.layers else None)
+            else:
+                value = torch.as_tensor(term.source(batch.prompts.texts, batch.texts), dtype=torch.float32)
+                if value.shape != (len(batch),):
+                    raise ValueError(
+                        f"reward {term.name}: returned {tuple(value.shape)} values for {len(batch)} responses, not one each"
+                    )
+            if not torch.isfinite(value).all():
+                raise ValueError(f"reward {term.name}: returned a value that is not finite")
+            terms[term.name] = value.float().to(self.device)
+        return terms
+
+    @staticmethod
+    def _text_mask(batch: Rollout) -> Tensor:
+        """(B, S) bool: prompt and response without a final eos, which texts that train reward models do not have."""
+        mask = batch.attention_mask.clone()
+        last = (torch.arange(mask.shape[1], device=mask.device) * mask).amax(1)
+        mask[torch.arange(len(batch), device=mask.device), last] &= ~batch.finished
+        return mask
+
+    def _body(
+        self, model: nn.Module, batch: Rollout, rows: slice, capture: set[int] | tuple = ()
+    ) -> tuple[Tensor, HiddenStates]:
+        shares = self.split is not None and self.split in batch.hidden and (
+            model is self.policy or model is self.reference or models.shared_depth(model, self.reference) == self.split
+        )  # fmt: skip
+        start = (self.split, batch.hidden[self.split][rows]) if shares else None
+        return models.run_body(model, batch.tokens[rows], batch.attention_mask[rows], capture=capture, start=start)
+
+    def _head(self, model: nn.Module, hidden: Tensor, batch: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
+        weight, bias = models.output_head(model)
+        mask = batch.response_mask[rows]
+        width = batch.tokens.shape[1] - mask.shape[1]
+        return ops.linear_logprobs(
+            hidden[:, width - 1 : -1], weight, batch.tokens[rows, width:], bias=bias, mask=mask,
+            temperature=self.config.temperature, **models.head_options(model),
+        )  # fmt: skip
+
+    def _logprobs(self, model: nn.Module, batch: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
+        return self._head(model, self._body(model, batch, rows)[0], batch, rows)
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """All epochs of PPO on one scored rollout; returns the finalised metrics."""
+        c, parts = self.config, []
+        warm_up = self.step_index < c.critic_warmup_steps
+        factor = ppo.lr_factor(self.step_index, c)
+        extra: dict[str, float] = {"skipped_steps": 0.0}
+        norms: dict[str, list[float]] = {"policy/grad_norm": [], "value/grad_norm": []}
+        groups_done, groups_total = 0, c.epochs * c.minibatches
+        for _ in range(c.epochs):
+            order = torch.randperm(len(experience.rollout.micro_batches), generator=self.shuffling).tolist()
+            for group in [order[i :: c.minibatches] for i in range(c.minibatches)]:
+                metrics = self._minibatch(experience, [experience.rollout.micro_batches[i] for i in group], warm_up)
+                if not parts and not warm_up:
+                    extra["first_update_ratio_max_abs_dev"] = float(torch.expm1(metrics["log_ratio_max_abs"]))
+                    self.first_ratio_deviation = max(
+                        self.first_ratio_deviation, extra["first_update_ratio_max_abs_dev"]
+                    )
+                parts.append(metrics)
+                for key, optimiser in (("policy", self.policy_optimiser), ("value", self.value_optimiser)):
+                    if key == "policy" and warm_up:
+                        continue
+                    norm, taken = optimiser.step(factor=factor, max_grad_norm=c.max_grad_norm)
+                    norms[f"{key}/grad_norm"].append(norm)
+                    extra["skipped_steps"] += not taken
+                groups_done += 1
+                self.progress("update", groups_done, groups_total, "minibatches")
+        final = {_metric_name(k): v for k, v in ops.finalize_metrics(ops.merge_metrics(parts)).items()}
+        for key in ("policy/loss", "value/loss"):
+            if key in final:
+                final[key] /= len(parts)
+        final |= {k: sum(v) / len(v) for k, v in norms.items() if v}
+        return final | extra | {"lr": c.lr * factor}
+
+    def _minibatch(self, e: Experience, group: list[slice], warm_up: bool) -> dict[str, Tensor]:
+        """Forward and backward over whole micro-batches; gradients add up to those of one big batch."""
+        c, batch = self.config, e.rollout
+        mask = torch.cat([batch.response_mask[rows] for rows in group])
+        value_mask = torch.cat([e.value_mask[rows] for rows in group])
+        denom, value_denom = ops.token_denom(mask, c.aggregation), ops.token_denom(value_mask, "token-mean")
+        width = batch.tokens.shape[1] - mask.shape[1]
+        parts = []
+        for rows in group:
+            if not warm_up:
+                logprobs, entropy = self._logprobs(self.policy, batch, rows)
+                loss, metrics = ppo.policy_loss(
+                    c, logprobs=logprobs, entropy=entropy, old_logprobs=e.logprobs[rows],
+                    ref_logprobs=e.ref_logprobs[rows], advantages=e.advantages[rows],
+                    mask=batch.response_mask[rows], denom=denom,
+                )  # fmt: skip
+                loss.backward()
+                parts += [metrics, {"policy_loss_total": loss.detach().double()}]
+            own = e.critic_hidden[rows] if e.critic_hidden is not None else self._critic_hidden(batch, rows, width)
+            loss, metrics = ops.value_loss(
+                self.critic(own),
+                e.values[rows],
+                e.returns[rows],
+                e.value_mask[rows],
+                clip=c.value_clip,
+                denom=value_denom,
+            )
+            loss.backward()
+            parts += [metrics, {"value_loss_total": loss.detach().double()}]
+        return ops.merge_metrics(parts)
+
+    def _critic_hidden(self, batch: Rollout, rows: slice, width: int) -> Tensor:
+        return self._body(self.critic.body, batch, rows)[0][:, width - 1 : -1]
+
+    def step(self, prompts: Prompts | list[str]) -> StepStats:
+        """One round of PPO on these prompts."""
+        clock = [time.perf_counter()]
+        batch = self.rollout(prompts)
+        clock.append(time.perf_counter())
+        experience = self.score(batch)
+        clock.append(time.perf_counter())
+        metrics = experience_metrics(experience) | {"kl/coef": self.kl_controller.coef}
+        metrics |= self.update(experience)
+        clock.append(time.perf_counter())
+        per_token = self.config.kl_unit == "token"
+        self.kl_controller.update(metrics["kl/token" if per_token else "kl/sequence"], len(batch))
+        seconds = dict(
+            zip(("rollout", "score", "update"), (b - a for a, b in zip(clock, clock[1:], strict=False)), strict=True)
+        )
+        metrics["tokens_per_second"] = float(batch.response_mask.sum()) / (clock[-1] - clock[0])
+        self.step_index += 1
+        return StepStats(self.step_index, metrics, seconds, batch.texts)
+
+
+def _metric_name(name: str) -> str:
+    """Groups of the log: policy/..., value/..."""
+    if name.startswith(("value_", "return_", "explained_")):
+        return "value/" + name.removeprefix("value_").removesuffix("_total")
+    return "policy/" + name.removeprefix("policy_").removesuffix("_total")
+
+
+def experience_metrics(e: Experience) -> dict[str, float]:
+    """What a scored rollout says by itself, in nats, score units and tokens."""
+    mask, count = e.rollout.response_mask, e.rollout.response_mask.sum().clamp(min=1)
+    spread = torch.where(mask, (e.logprobs - e.rollout.sampler_logprobs).abs(), 0.0)
+    k1 = torch.where(mask, e.logprobs - e.ref_logprobs, 0.0)
+    out = {
+        "score/mean": e.scores.mean(),
+        "score/std": e.scores.std(correction=0),
+        **{f"score/{name}": value.mean() for name, value in e.score_terms.items()},
+        "kl/sequence": k1.sum(1).mean(),
+        "kl/token": k1.sum() / count,
+        "entropy": e.entropy.sum() / count,
+        "reward/mean": e.rewards.sum(1).mean(),
+        "reference/nll_per_token": -e.ref_logprobs.sum() / count,
+        "sampler/logprob_abs_diff_mean": spread.sum() / count,
+        "sampler/logprob_abs_diff_max": spread.max() if spread.numel() else spread.sum(),
+        "response/tokens_mean": mask.sum(1).float().mean(),
+        "response/finished_fraction": e.rollout.finished.float().mean(),
+    }
+    return {k: float(v) for k, v in out.items()}

@@ -1,0 +1,62 @@
+"""Which function runs an op: a table op -> backend -> function, filled where a backend exists in this installation.
+
+`backend=None` takes the first of a device's list that is in the table. A backend that is asked for by name and is not
+there raises: a silent fallback would let a benchmark or a bug report speak of code that never ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_engine import reference
+from rlhf_engine.ops import tiled_head
+
+PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_RUNS_ON = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # the device type a backend needs; the reference needs none
+
+_TABLE: dict[str, dict[str, Callable[..., Any]]] = {
+    op: {"reference": getattr(reference, op)}
+    for op in (
+        "token_logprobs",
+        "linear_logprobs",
+        "linear_policy_loss",
+        "kl_estimate",
+        "gae",
+        "whiten",
+        "kl_gae",
+        "ppo_loss",
+        "value_loss",
+    )
+}
+_TABLE["linear_logprobs"]["cpu"] = tiled_head.linear_logprobs
+
+
+def available(op: str) -> tuple[str, ...]:
+    """Names that `backend=` accepts for this op here."""
+    return tuple(_TABLE[op])
+
+
+def select(op: str, backend: str | None, device_type: str) -> Callable[..., Any]:
+    """The function of `op` for tensors on a device of that type ("cpu", "cuda").
+
+    Raises:
+        ValueError: no backend of that name, or one for another device.
+        RuntimeError: the backend exists in general, yet not for this op in this installation.
+    """
+    functions = _TABLE[op]
+    if backend is None:
+        return next(functions[name] for name in PREFERENCE.get(device_type, ("reference",)) if name in functions)
+    if backend not in ("reference", *_RUNS_ON):
+        raise ValueError(f"{op}: there is no backend {backend!r}; choose among reference, {', '.join(_RUNS_ON)}")
+    if backend not in functions:
+        raise RuntimeError(
+            f"{op}: backend {backend!r} is not available in this installation; "
+            f"pass backend=None or one of: {', '.join(functions)}"
+        )
+    if _RUNS_ON.get(backend, device_type) != device_type:
+        raise ValueError(
+            f"{op}: backend {backend!r} needs tensors on {_RUNS_ON[backend]}, got {device_type}; "
+            "move them or pass backend=None"
+        )
+    return functions[backend]

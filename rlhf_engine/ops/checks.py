@@ -1,0 +1,111 @@
+"""What the front door refuses. Every message names the op, the argument and what was seen: a wrong shape or dtype that
+gets through would broadcast or be misread, and training would go on with wrong numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+
+def shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def like(op: str, reference: dict[str, Tensor], **tensors: Tensor | None) -> None:
+    """Same shape and device as the one reference tensor; `mask` among the tensors must be bool too."""
+    ((reference_name, expected),) = reference.items()
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.shape != expected.shape:
+            raise ValueError(f"{op}: {name} {shape(x)} does not match {reference_name} {shape(expected)}")
+        same_device(op, reference, **{name: x})
+        if name == "mask" and x.dtype != torch.bool:
+            raise ValueError(f"{op}: mask must be torch.bool, got {x.dtype}")
+
+
+def same_device(op: str, reference: dict[str, Tensor], **tensors: Tensor | None) -> None:
+    ((reference_name, expected),) = reference.items()
+    for name, x in tensors.items():
+        if x is not None and x.device != expected.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, {reference_name} on {expected.device}")
+
+
+def constant(op: str, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} requires grad, but the loss treats it as a constant; pass {name}.detach()")
+
+
+def one_of(op: str, name: str, value: object, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def positive(op: str, **numbers: float | None) -> None:
+    for name, x in numbers.items():
+        if x is not None and not (x > 0 and math.isfinite(x)):
+            raise ValueError(f"{op}: {name} must be greater than 0 and finite, got {x}")
+
+
+def not_negative(op: str, **numbers: float | Tensor | None) -> None:
+    """Tensors pass unread: a look at their value would wait for the device."""
+    for name, x in numbers.items():
+        if x is not None and not isinstance(x, Tensor) and not (x >= 0 and math.isfinite(x)):
+            raise ValueError(f"{op}: {name} must be 0 or greater and finite, got {x}")
+
+
+def targets(op: str, targets: Tensor, mask: Tensor | None, ignore_index: int, vocabulary: int) -> None:
+    """int32 or int64; on CPU each scored one must be a token id (on CUDA a look would wait; the op gives NaN there)."""
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: targets must be int32 or int64, got {targets.dtype}")
+    if targets.device.type != "cpu":
+        return
+    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    wrong = wrong if mask is None else wrong & mask
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{op}: target {targets[place].item()} at {place} is outside the vocabulary [0, {vocabulary})")
+
+
+def sequences(op: str, mask: Tensor, cu_seqlens: Tensor | None, name: str = "mask") -> int:
+    """Number of sequences of (B, T), or of (N,) with offsets; on CPU the offsets themselves are checked too."""
+    if name == "mask" and mask.dtype != torch.bool:
+        raise ValueError(f"{op}: mask must be torch.bool, got {mask.dtype}")
+    if cu_seqlens is None:
+        if mask.dim() != 2:
+            raise ValueError(f"{op}: {name} must be (B, T), or (N,) with cu_seqlens, got {shape(mask)}")
+        return mask.shape[0]
+    if mask.dim() != 1:
+        raise ValueError(f"{op}: {name} must be (N,) with cu_seqlens, got {shape(mask)}")
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{op}: cu_seqlens must be (B + 1,) int32 or int64, got {shape(cu_seqlens)} {cu_seqlens.dtype}"
+        )
+    same_device(op, {name: mask}, cu_seqlens=cu_seqlens)
+    if cu_seqlens.device.type == "cpu":
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != len(mask) or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"{op}: cu_seqlens must rise from 0 to {len(mask)}, the length of {name}, got {cu_seqlens.tolist()}"
+            )
+    return len(cu_seqlens) - 1
+
+
+def per_sequence(op: str, count: int, reference: dict[str, Tensor], **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.shape != (count,):
+            raise ValueError(f"{op}: {name} {shape(x)} must hold one number per sequence: ({count},)")
+        floating(op, **{name: x})
+        same_device(op, reference, **{name: x})

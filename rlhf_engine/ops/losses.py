@@ -1,0 +1,168 @@
+"""The losses of PPO (Schulman et al. 2017, arXiv:1707.06347), as sums over tokens divided by a global count.
+
+Metrics come back as 0-d sums, counts and maxima on the device; `merge_metrics` adds those of micro-batches up and
+`finalize_metrics` divides, so a logged number does not depend on the split either.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf_engine import reference
+from rlhf_engine.ops import checks
+from rlhf_engine.ops.advantages import KL_KINDS
+from rlhf_engine.ops.backends import select
+from rlhf_engine.ops.heads import check_weights
+from rlhf_engine.reference import TokenLoss
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    is_weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_kind: str = "k3",
+    weights: Tensor | None = None,
+    denom: float | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy loss, with optional dual clip, entropy bonus and KL loss.
+
+        d = clamp(logprobs - old_logprobs, +-20),   r = exp(d)            (outside +-20 there is no gradient)
+        pg = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high));          for A < 0: min(pg, -A dual_clip)
+        loss = sum weights (pg is_weights - entropy_coef entropy + kl_coef kl) / denom
+
+    Args:
+        logprobs: any shape, float; the gradient flows into it, `entropy`, and nothing else.
+        old_logprobs, advantages: the same shape, constants.
+        mask: the same shape, bool.
+        clip_low, clip_high: >= 0; unequal ones are DAPO's (arXiv:2503.14476).
+        dual_clip: > 1, bound on the ratio for negative advantages (arXiv:1912.09729); 3 is usual, None is off.
+        is_weights: importance weights of the sampler's mismatch, constants; multiply pg.
+        entropy: nats; needed for entropy_coef, and logged if given.
+        ref_logprobs: needed for kl_coef; kl_kind: see kl_estimate.
+        weights: of tokens (see token_weights); None is 1.
+        denom: the global count, a number or 0-d tensor, known before the forward; None is this call's number of tokens.
+        backend: None, or a name (see `available`).
+
+    Returns:
+        loss: 0-d, float32 or better; 0 for no tokens. metrics: see finalize_metrics.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a constant that requires grad; weights without denom.
+    """
+    op = "ppo_loss"
+    checks.floating(op, logprobs=logprobs, entropy=entropy)
+    _check_policy(op, {"logprobs": logprobs}, old_logprobs, advantages, is_weights, ref_logprobs)
+    checks.like(op, {"logprobs": logprobs}, mask=mask, entropy=entropy)
+    _check_coefficients(op, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef, kl_kind)
+    if entropy_coef and entropy is None:
+        raise ValueError(f"{op}: entropy_coef is {entropy_coef}, but entropy is not given")
+    check_weights(op, {"logprobs": logprobs}, weights, denom)
+    return select(op, backend, logprobs.device.type)(
+        logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+        is_weights=is_weights, entropy=entropy, entropy_coef=entropy_coef, ref_logprobs=ref_logprobs, kl_coef=kl_coef,
+        kl_kind=kl_kind, weights=weights, denom=denom,
+    )  # fmt: skip
+
+
+def ppo_token_loss(
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    is_weights: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_kind: str = "k3",
+) -> TokenLoss:
+    """The same formula as ppo_loss per token, to plug into linear_policy_loss: see both for arguments and errors."""
+    op = "ppo_token_loss"
+    _check_policy(op, {"old_logprobs": old_logprobs}, old_logprobs, advantages, is_weights, ref_logprobs)
+    _check_coefficients(op, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef, kl_kind)
+    return reference.ppo_token_loss(
+        old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, is_weights=is_weights,
+        entropy_coef=entropy_coef, ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_kind=kl_kind,
+    )  # fmt: skip
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None = 0.2,
+    weights: Tensor | None = None,
+    denom: float | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped value loss of OpenAI Baselines' PPO: the worse of a free and a clipped prediction.
+
+        loss = sum weights 0.5 max((v - R)^2, (v_old + clip(v - v_old, +-clip) - R)^2) / denom
+
+    Args:
+        values: any shape, float; the gradient flows into it alone.
+        old_values, returns: the same shape, constants. mask: the same shape, bool.
+        clip: in units of value; 0 or None is plain regression.
+        weights, denom, backend: see ppo_loss.
+
+    Returns:
+        loss: 0-d, float32 or better; 0 for no tokens. metrics: see finalize_metrics.
+
+    Raises:
+        ValueError: as ppo_loss.
+    """
+    op = "value_loss"
+    tensors = {"old_values": old_values, "returns": returns}
+    checks.floating(op, values=values, **tensors)
+    checks.like(op, {"values": values}, mask=mask, **tensors)
+    checks.constant(op, **tensors)
+    checks.not_negative(op, clip=clip)
+    check_weights(op, {"values": values}, weights, denom)
+    function = select(op, backend, values.device.type)
+    return function(values, old_values, returns, mask, clip=clip, weights=weights, denom=denom)
+
+
+def _check_policy(
+    op: str,
+    expected: dict[str, Tensor],
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    is_weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+) -> None:
+    tensors = {"old_logprobs": old_logprobs, "advantages": advantages}
+    optional = {"is_weights": is_weights, "ref_logprobs": ref_logprobs}
+    checks.floating(op, **tensors, **optional)
+    checks.like(op, expected, **tensors, **optional)
+    checks.constant(op, **tensors, **optional)
+
+
+def _check_coefficients(
+    op: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    ref_logprobs: Tensor | None,
+    kl_coef: float,
+    kl_kind: str,
+) -> None:
+    checks.not_negative(op, clip_low=clip_low, clip_high=clip_high)
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"{op}: dual_clip must be greater than 1, got {dual_clip}")
+    checks.one_of(op, "kl_kind", kl_kind, KL_KINDS)
+    if kl_coef and ref_logprobs is None:
+        raise ValueError(f"{op}: kl_coef is {kl_coef}, but ref_logprobs is not given")

@@ -1,0 +1,150 @@
+"""What the stages share, how a run starts and ends, and how its model and data are loaded."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_engine import data, models, report, runs, tiny
+from rlhf_engine import fetch as fetching
+from rlhf_engine import reward_model as rm
+from rlhf_engine.config import RunConfig
+from rlhf_engine.metrics import RunLog
+from rlhf_engine.types import Comparisons, RatedTexts, Rollout
+
+
+@dataclass(slots=True)
+class Job:
+    """What the stages share."""
+
+    config: RunConfig
+    log: RunLog
+    folder: Path
+    device: torch.device
+    summary: dict[str, Any] = field(default_factory=dict)
+    model_folder: str = ""
+    base: nn.Module | None = None  # the frozen language model: pretrained, or supervised fine-tuned
+    tokenizer: Any = None
+    parts: tuple[RatedTexts, RatedTexts, RatedTexts] | None = None  # train, held-out, prompts
+    matches: Comparisons | None = None
+    reward_model: rm.RewardModel | None = None
+    pretrained_samples: Rollout | None = None  # only kept where SFT changes the base
+
+
+def start(config: RunConfig, log: RunLog, *, fresh: bool) -> Job:
+    folder = runs.create(config) if fresh else runs.open_or_create(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no CUDA device here; use --device cpu or auto")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.seed)
+    models.quiet_transformers()
+    job = Job(config, log, folder, device, summary=runs.read_summary(folder))
+    machine = runs.describe_machine(device)
+    runs.write_environment(folder, machine)
+    job.summary |= {"status": "running", "model": config.model, "machine": machine}
+    log.say(
+        f"run folder {folder}; {machine['threads']} threads, {machine['matmul_gflops_float32']:.0f} GFLOP/s in float32"
+    )
+    return job
+
+
+def finish(job: Job) -> dict[str, Any]:
+    seconds = {**job.summary.get("seconds", {}), **job.log.seconds}
+    seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
+    job.summary |= {"status": "complete", "seconds": seconds, "peak_memory_gb": round(runs.peak_memory_gb(), 2)}
+    runs.write_summary(job.folder, job.summary)
+    started = time.perf_counter()
+    path = report.write(job.folder)
+    job.summary["seconds"]["report"] = time.perf_counter() - started
+    job.summary["seconds"]["total"] += job.summary["seconds"]["report"]
+    runs.write_summary(job.folder, job.summary)
+    job.log.say(f"{job.summary['seconds']['total']:.0f} s in all; report: {path}")
+    return job.summary
+
+
+def model_folder(config: RunConfig, log: RunLog) -> str:
+    if config.model == "tiny":
+        texts = data.planted(300, config.seed).texts
+        return str(tiny.tiny_model_folder(Path(config.output) / "tiny_model", seed=config.seed, texts=texts))
+    if config.model == "smollm2-135m-instruct":
+        return str(fetching.fetch_model(config.model, log=log.say))
+    return config.model
+
+
+def rated(config: RunConfig, log: RunLog) -> RatedTexts:
+    d = config.data
+    if d.source == "film-reviews":
+        return data.film_reviews(fetching.fetch_film_reviews(log=log.say))
+    if d.source == "planted":
+        count = max(d.train_texts, 1) + d.heldout_texts + d.prompt_texts
+        return data.planted(count + 200, config.seed)  # duplicates and cut blocks cost some
+    return data.read_rated(d.source)
+
+
+def load_data(job: Job) -> None:
+    with job.log.stage("data"):
+        d = job.config.data
+        everything = rated(job.config, job.log)
+        sizes = (d.train_texts, d.heldout_texts, d.prompt_texts)
+        job.parts = data.split_by_block(everything, sizes, job.config.seed, log=job.log.say)
+        train, heldout, prompts = (len(part) for part in job.parts)
+        job.summary["data"] = {
+            "source": d.source, "texts": len(everything), "train_texts": train, "heldout_texts": heldout,
+            "prompt_texts": prompts,
+            "prompts": len(train_prompts(job)),
+            "duplicates_dropped": len(everything) - len(data.deduplicate(everything)),
+        }  # fmt: skip
+        job.log.say(f"{train} texts to train on, {heldout} held out, {prompts} for prompts; no block is in two parts")
+
+
+def load(job: Job) -> None:
+    load_data(job)
+    with job.log.stage("model"):
+        job.model_folder = model_folder(job.config, job.log)
+        job.tokenizer = models.load_tokenizer(job.config.tokenizer or _tokenizer_of(job.model_folder))
+        dtype = getattr(torch, job.config.ppo.dtype)
+        job.base = models.load_causal_lm(job.model_folder, dtype=dtype, seed=job.config.seed).to(job.device)
+        job.base.requires_grad_(False)
+        if len(job.tokenizer) > job.base.get_input_embeddings().num_embeddings:
+            raise ValueError(
+                f"tokenizer: {len(job.tokenizer)} tokens, but the model embeds fewer; they do not belong together"
+            )
+        parameters = sum(p.numel() for p in job.base.parameters())
+        job.log.say(f"{job.config.model}: {parameters / 1e6:.1f} M parameters in {job.config.ppo.dtype}")
+
+
+def _tokenizer_of(model: str) -> str:
+    if model.endswith(".json"):
+        raise ValueError("tokenizer: a model from a .json config has none of its own; name a folder with --tokenizer")
+    return model
+
+
+def train_prompts(job: Job) -> list[str]:
+    d = job.config.data
+    return read_prompts(d.prompts) if d.prompts else data.prompt_texts(job.parts[2], d.prompt_words)
+
+
+def read_prompts(path: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {path} is not UTF-8 text (byte {error.start})") from error
+    if not any(lines):
+        raise ValueError(f"prompts: {path} holds no prompt; write one per line")
+    return [line for line in lines if line]
+
+
+def heldout_prompts(job: Job) -> list[str]:
+    found = data.prompt_texts(job.parts[1], job.config.data.prompt_words)[: job.config.evaluate.samples]
+    if not found:
+        raise ValueError(
+            f"data: no held-out text has more than {job.config.data.prompt_words} words to make a prompt from"
+        )
+    return found

@@ -1,0 +1,415 @@
+"""The specification: every op in plain PyTorch, on any device, in float64 too. Every fast backend is tested against it.
+
+Masked positions are not multiplied away but never read: each op first gathers the active ones, so NaN, inf or a wild
+token id under the mask reaches neither a value nor a gradient, and a sum has the same bits whatever the padding.
+Statistics are float32 whatever the input (float64 stays), metrics float64. Inputs are trusted: `ops` checks them.
+
+Shapes: B sequences, T response tokens, V vocabulary, H width, N = B * T or the length of a packed row, n active tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Rows of a head tile, always this many: a GEMM chooses its summation order by its shape, so a row keeps its bits only
+# if the shape never depends on how many rows share the call. 64 rows of 49,152 float32 logits are 12 MiB.
+ROW_TILE = 64
+
+Bounds = float | tuple[float | None, float | None] | None
+TokenLoss = Callable[[Tensor, Tensor | None, Tensor], "Tensor | tuple[Tensor, dict[str, Tensor]]"]
+
+
+def _up(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """logits (..., V), targets and mask (...) -> logprobs and entropy (...) of softmax(logits / temperature)."""
+    rows_NV = logits.reshape(-1, logits.shape[-1])
+    return _score_rows(rows_NV, targets, mask, ignore_index, lambda tile_RV: _up(tile_RV) / temperature)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """token_logprobs of hidden (..., H) @ weight (V, H)^T + bias (V,), of which only one tile exists at a time."""
+
+    def head(tile_RH: Tensor) -> Tensor:
+        logits_RV = _up(F.linear(tile_RH, weight, bias)) * logit_scale
+        if softcap is not None:  # tanh would lift a banned token's -inf to -softcap
+            logits_RV = torch.where(logits_RV == -torch.inf, logits_RV, softcap * torch.tanh(logits_RV / softcap))
+        return logits_RV / temperature
+
+    with torch.autocast(hidden.device.type, enabled=False):  # the caller's autocast must not change a row's bits
+        return _score_rows(hidden.reshape(-1, hidden.shape[-1]), targets, mask, ignore_index, head)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_loss: TokenLoss,
+    *,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    rows: Tensor | None = None,
+    weights: Tensor | None = None,
+    denom: float | Tensor | None = None,
+    **head: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum(weights * token_loss(logprobs, entropy, rows)) / denom over the active rows; `head` as in linear_logprobs."""
+    if rows is None:
+        rows = _active(targets, mask, ignore_index)
+    hidden_nH, targets_n = hidden.reshape(-1, hidden.shape[-1])[rows], targets.reshape(-1)[rows]
+    logprobs_n, entropy_n = linear_logprobs(hidden_nH, weight, targets_n, ignore_index=ignore_index, **head)
+    return _reduce_loss(token_loss(logprobs_n, entropy_n, rows), rows, weights, denom)
+
+
+def _active(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    active = targets != ignore_index
+    return (active if mask is None else active & mask).reshape(-1).nonzero().squeeze(1)
+
+
+def _score_rows(
+    rows_NX: Tensor, targets: Tensor, mask: Tensor | None, ignore_index: int, head: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gathers the active rows into full tiles (the tail is zeros), scores each, and puts the results in place."""
+
+    def score(tile_RX: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+        return _logprob_and_entropy(head(tile_RX), targets_R)
+
+    rows = _active(targets, mask, ignore_index)
+    tail = -rows.numel() % ROW_TILE
+    tiles = F.pad(rows_NX.index_select(0, rows), (0, 0, 0, tail)).split(ROW_TILE)
+    targets_tiles = F.pad(targets.reshape(-1).index_select(0, rows).long(), (0, tail)).split(ROW_TILE)
+    parts = []
+    for tile_RX, targets_R in zip(tiles, targets_tiles, strict=True):
+        if torch.is_grad_enabled():  # recomputed in the backward: the same operations, so the same bits, in one tile
+            parts.append(checkpoint(score, tile_RX, targets_R, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(score(tile_RX, targets_R))
+    logprobs, entropy = (torch.cat(part)[: rows.numel()] for part in zip(*parts, strict=True))
+    zeros_N = logprobs.new_zeros(targets.numel())
+    return (
+        zeros_N.index_copy(0, rows, logprobs).view(targets.shape),
+        zeros_N.index_copy(0, rows, entropy).view(targets.shape),
+    )
+
+
+def _logprob_and_entropy(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Everything relative to the row maximum m: lse - mean(z) would lose 3e-2 at logits near 1000 in float32.
+
+        d = z - m    ls = log sum_v exp d_v    p_v = exp(d_v - ls)    logprob = d_y - ls    entropy = ls - sum_v p_v d_v
+
+    Both are invariant to a shift of z, so m needs no gradient. A target outside [0, V) gives a NaN row.
+    """
+    d_RV = logits_RV - logits_RV.amax(-1, keepdim=True).detach()
+    ls_R1 = d_RV.exp().sum(-1, keepdim=True).log()
+    # 0 * inf is 0 here, for a banned token's value and gradient alike.
+    finite_d_RV = torch.where(d_RV == -torch.inf, 0.0, d_RV)
+    mean_R = ((d_RV - ls_R1).exp() * finite_d_RV).sum(-1)
+    valid_R = (targets_R >= 0) & (targets_R < logits_RV.shape[-1])
+    d_y_R = d_RV.gather(-1, torch.where(valid_R, targets_R, 0)[:, None]).squeeze(-1)
+    logprob_R = (d_y_R - ls_R1.squeeze(-1)).clamp(max=0)
+    entropy_R = ls_R1.squeeze(-1) - mean_R
+    return torch.where(valid_R, logprob_R, torch.nan), torch.where(valid_R, entropy_R, torch.nan)
+
+
+def kl_estimate(
+    logprobs: Tensor, ref_logprobs: Tensor, *, kind: str = "k1", clamp_diff: Bounds = None, clamp_value: Bounds = None
+) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from one sample; "+": the value of a kind, the gradient of k2."""
+    unclamped_d = _up(logprobs) - _up(ref_logprobs)
+    d = _clamp(unclamped_d, clamp_diff)
+    # k3 is exp(-d) - 1 + d; at d = 1e-3 that form has one right digit in float32.
+    formulas = {"k1": lambda: d, "abs": d.abs, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}
+    value = _clamp(formulas[kind.removesuffix("+")](), clamp_value)
+    if not kind.endswith("+"):
+        return value
+    k2 = unclamped_d.square() / 2
+    return value.detach() + (k2 - k2.detach())
+
+
+def _clamp(x: Tensor, bounds: Bounds) -> Tensor:
+    if bounds is None:
+        return x
+    low, high = bounds if isinstance(bounds, tuple) else (-bounds, bounds)
+    return x.clamp(low, high)
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    holes: str = "carry",
+    bootstrap: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """delta_t = r_t + gamma V_tp1 - V_t;   A_t = delta_t + gamma lam A_tp1;   returns = A + V;   0 where masked.
+
+    All (B, T), or all (N,) with cu_seqlens (B + 1,). p1 is the next active token ("carry"), or the next position of any
+    kind with r = V = 0 at the holes ("decay"); after the last active token V is `bootstrap` (B,) or 0.
+    """
+    if cu_seqlens is not None:
+        (rewards, values, mask), inside = _to_padded((rewards, values, mask), cu_seqlens)
+        padded = gae(rewards, values, mask, gamma=gamma, lam=lam, holes=holes, bootstrap=bootstrap)
+        return padded[0][inside], padded[1][inside]
+    dtype = torch.promote_types(_up(rewards).dtype, _up(values).dtype)
+    values = torch.where(mask, values, 0).to(dtype)
+    steps = zip(
+        torch.where(mask, rewards, 0).to(dtype).unbind(1),
+        values.unbind(1),
+        mask.unbind(1),
+        # Behind the last active token lies padding: the recursion starts there, whatever holes do.
+        (mask if holes == "carry" else _at_or_before_last(mask)).unbind(1),
+        strict=True,
+    )
+    decay = (gamma * torch.as_tensor(lam, dtype=torch.float64)).to(values)  # one rounding, as for a Python float
+    advantage_tp1 = values.new_zeros(values.shape[0])
+    value_tp1 = advantage_tp1 if bootstrap is None else bootstrap.to(dtype)
+    advantages = []
+    for reward_t, value_t, mask_t, live_t in reversed(list(steps)):
+        advantage_t = reward_t + gamma * value_tp1 - value_t + decay * advantage_tp1
+        advantages.append(torch.where(mask_t, advantage_t, 0))
+        advantage_tp1 = torch.where(live_t, advantage_t, advantage_tp1)
+        value_tp1 = torch.where(live_t, value_t, value_tp1)
+    advantages_BT = torch.stack(advantages[::-1], 1) if advantages else torch.zeros_like(values)
+    return advantages_BT, advantages_BT + values
+
+
+def _at_or_before_last(mask_BT: Tensor) -> Tensor:
+    return mask_BT.flip(1).cumsum(1).flip(1) > 0
+
+
+def _to_padded(packed: tuple[Tensor, ...], cu_seqlens: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Packed (N,) tensors, the last one the mask, as (B, T) ones, and which positions exist: padded[inside] packs."""
+    start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    slot_T = torch.arange(int(length.max()) if len(length) else 0, device=cu_seqlens.device)
+    inside = slot_T < length[:, None]
+    index = torch.where(inside, start[:, None] + slot_T, 0)
+    if index.numel() == 0:
+        return tuple(x.new_zeros(index.shape) for x in packed), inside
+    *data, mask = (x[index] for x in packed)
+    return (*data, mask & inside), inside
+
+
+@torch.no_grad()
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    center: bool = True,
+    ddof: int = 0,
+    eps: float = 1e-8,
+    eps_mode: str = "add",
+    zero_masked: bool = True,
+) -> Tensor:
+    """(x - mean) * rsqrt(var + eps), or rsqrt(max(var, eps)), with mean and variance over the mask."""
+    x = _up(x)
+    active_n = x[mask].double()  # in float64 equal advantages have a mean that is exactly each of them
+    count = max(active_n.numel(), 1)
+    mean = active_n.sum() / count
+    var = (active_n - mean).square().sum() / max(count - ddof, 1)
+    rstd = torch.rsqrt(var + eps if eps_mode == "add" else var.clamp(min=eps))
+    mean, rstd = mean.to(x.dtype), rstd.to(x.dtype)
+    whitened = (x - mean) * rstd if center else (x - mean) * rstd + mean
+    return torch.where(mask, whitened, 0) if zero_masked else whitened
+
+
+_whiten = whiten  # kl_gae has a flag of that name
+
+
+@dataclass(slots=True)
+class ShapedAdvantages:
+    """What kl_gae returns: float32, 0 where masked. Shapes are those of logprobs: (B, T), or (N,) when packed."""
+
+    rewards: Tensor  # -kl_coef * kl, plus the score at one place
+    advantages: Tensor  # whitened if asked for
+    returns: Tensor  # unwhitened advantages + values
+    kl: Tensor  # per token, nats
+    value_mask: Tensor  # bool: where returns are defined; score_at="after" has one more slot per sequence than mask
+
+
+@torch.no_grad()
+def kl_gae(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    kl_kind: str = "k1",
+    kl_clamp_diff: Bounds = None,
+    kl_clamp_value: Bounds = None,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    whiten: bool = True,
+    score_at: str = "last",
+    score_clip: float | None = None,
+    holes: str = "carry",
+    bootstrap: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> ShapedAdvantages:
+    """rewards = -kl_coef * kl (+ the score (B,) at one place), then gae, then whitening over the mask."""
+    inside = None
+    if cu_seqlens is not None:
+        (logprobs, ref_logprobs, values, mask), inside = _to_padded((logprobs, ref_logprobs, values, mask), cu_seqlens)
+    kl = kl_estimate(logprobs, ref_logprobs, kind=kl_kind, clamp_diff=kl_clamp_diff, clamp_value=kl_clamp_value)
+    kl = torch.where(mask, kl, 0)
+    place = _at_or_before_last(mask)
+    place = place & ~F.pad(place, (0, 1))[:, 1:]  # the last active token, nowhere in an empty sequence
+    if score_at == "after":  # one slot later, unless the row ends there
+        room = torch.ones_like(mask) if inside is None else inside
+        fits = (place[:, :-1] & room[:, 1:]).any(1, keepdim=True)
+        place = torch.where(fits, F.pad(place, (1, 0))[:, :-1], place)
+    scores = _clamp(_up(scores), score_clip or None)
+    rewards = torch.where(mask, -kl_coef * kl, 0) + torch.where(place, scores[:, None], 0)
+    value_mask = mask | place
+    advantages, returns = gae(rewards, values, value_mask, gamma=gamma, lam=lam, holes=holes, bootstrap=bootstrap)
+    advantages = _whiten(advantages, mask) if whiten else torch.where(mask, advantages, 0)
+    fields = (rewards, advantages, returns, kl, value_mask)
+    return ShapedAdvantages(*(fields if inside is None else (x[inside] for x in fields)))
+
+
+def ppo_token_loss(
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    is_weights: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_kind: str = "k3",
+) -> TokenLoss:
+    """The clipped objective of each token, as a function of (logprobs (n,), entropy (n,), rows (n,) int64).
+
+    d = clamp(logprobs - old, +-20);  r = exp(d);  pg = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high));  for A < 0,
+    min(pg, -A dual_clip);  pg * is_weights - entropy_coef * entropy + kl_coef * kl. `rows` indexes flattened inputs.
+    """
+
+    def at(x: Tensor, rows: Tensor) -> Tensor:
+        return _up(x.detach().reshape(-1)[rows])
+
+    def token_loss(logprobs: Tensor, entropy: Tensor | None, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        advantage = at(advantages, rows)
+        d = (_up(logprobs) - at(old_logprobs, rows)).clamp(-20, 20)  # exp(20) = 5e8 leaves room in float32
+        ratio = d.exp()
+        free, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
+        clipped = bounded > free
+        loss = torch.where(clipped, bounded, free)  # torch.maximum would share the gradient of a tie
+        clipped_low = torch.zeros_like(clipped)
+        if dual_clip is not None:
+            clipped_low = (advantage < 0) & (loss > -advantage * dual_clip)
+            loss = torch.where(clipped_low, -advantage * dual_clip, loss)
+        if is_weights is not None:
+            loss = loss * at(is_weights, rows)
+        metrics = {
+            "clip_fraction": clipped,
+            "clip_fraction_low": clipped_low,
+            "approx_kl_k1": -d,
+            "approx_kl_k3": d.expm1() - d,
+            "ratio_mean": ratio,
+            "log_ratio_max_abs": d.abs(),
+        }
+        if entropy is not None:
+            loss = loss - entropy_coef * _up(entropy)
+            metrics["entropy"] = entropy
+        if ref_logprobs is not None:
+            loss = loss + kl_coef * kl_estimate(logprobs, at(ref_logprobs, rows), kind=kl_kind)
+        return loss, metrics
+
+    return token_loss
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    weights: Tensor | None = None,
+    denom: float | Tensor | None = None,
+    **objective: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum(weights * token losses) / denom over the mask, and its metrics; `objective` as in ppo_token_loss."""
+    rows = mask.reshape(-1).nonzero().squeeze(1)
+    token_loss = ppo_token_loss(old_logprobs, advantages, **objective)
+    entropy_n = None if entropy is None else entropy.reshape(-1)[rows]
+    return _reduce_loss(token_loss(logprobs.reshape(-1)[rows], entropy_n, rows), rows, weights, denom)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None = 0.2,
+    weights: Tensor | None = None,
+    denom: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """0.5 max((v - R)^2, (v_old + clip(v - v_old, +-clip) - R)^2); clip 0 or None is plain regression."""
+    rows = mask.reshape(-1).nonzero().squeeze(1)
+    value, old, target = (_up(x.reshape(-1)[rows]) for x in (values, old_values.detach(), returns.detach()))
+    free = (value - target).square()
+    bounded = (old + (value - old).clamp(-clip, clip) - target).square() if clip else free
+    clipped = bounded > free
+    error = (target - value).double()
+    per_token = {
+        "value_mean": value,
+        "value_clip_fraction": clipped,
+        "value_return": target,
+        "value_return_square": target.double().square(),
+        "value_error": error,
+        "value_error_square": error.square(),
+    }
+    return _reduce_loss((0.5 * torch.where(clipped, bounded, free), per_token), rows, weights, denom, "value_tokens")
+
+
+def _reduce_loss(
+    token_loss: Tensor | tuple[Tensor, dict[str, Tensor]],
+    rows: Tensor,
+    weights: Tensor | None,
+    denom: float | Tensor | None,
+    count_name: str = "policy_tokens",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum over a global count, so that micro-batches add up to one gradient; metrics as sums and maxima."""
+    loss_n, per_token = token_loss if isinstance(token_loss, tuple) else (token_loss, {})
+    if weights is not None:
+        loss_n = loss_n * _up(weights.detach().reshape(-1)[rows])
+    total = torch.as_tensor(rows.numel() if denom is None else denom).to(loss_n)
+    metrics = {count_name: torch.tensor(rows.numel(), dtype=torch.float64, device=loss_n.device)}
+    for name, value_n in per_token.items():
+        value_n = value_n.detach().double()
+        if "_max" in name:
+            metrics[name] = value_n.amax() if rows.numel() else value_n.new_zeros(())
+        else:
+            metrics[f"{name}_sum"] = value_n.sum()
+    return loss_n.sum() / torch.where(total > 0, total, 1), metrics

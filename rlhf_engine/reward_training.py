@@ -1,0 +1,203 @@
+"""Training reward models: on comparisons (Bradley-Terry), and for contrast on the raters' scalars.
+
+    loss = -log sigmoid(s_winner - s_loser - margin * gap)    (ties: half of each order)    + centering * (s_a + s_b)^2
+
+Bradley & Terry 1952; margin as in Llama 2 (Touvron et al. 2023); centering as in Eisenstein et al. 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rlhf_engine import reward_model as rm
+from rlhf_engine.config import RewardModelConfig
+from rlhf_engine.types import Comparisons
+
+Progress = Callable[[int, int], None]
+HELD_BACK = 0.1  # share of the texts on which the frozen kind's one scale factor is fitted
+
+
+def quiet(done: int, total: int) -> None:
+    """The progress callback of callers that show none."""
+
+
+def pairwise_loss(
+    score_a: Tensor,
+    score_b: Tensor,
+    outcome: Tensor,
+    *,
+    gap: Tensor | None = None,
+    margin: float = 0.0,
+    centering: float = 0.0,
+) -> Tensor:
+    """Mean loss over (M,) comparisons; outcome 1 means a won, 0 b won, 0.5 an exact tie; gap >= 0 in rating units."""
+    difference = score_a - score_b
+    shift = margin * gap if gap is not None and margin else torch.zeros_like(difference)
+    a_wins, b_wins = F.softplus(shift - difference), F.softplus(shift + difference)
+    ties = F.softplus(-difference) + F.softplus(difference)
+    loss = torch.where(outcome == 0.5, 0.5 * ties, torch.where(outcome > 0.5, a_wins, b_wins))
+    return (loss + centering * (score_a + score_b) ** 2).mean()
+
+
+def train_reward_model(
+    comparisons: Comparisons,
+    body: nn.Module,
+    tokenizer: Any,
+    *,
+    config: RewardModelConfig | None = None,
+    features: Tensor | None = None,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> rm.RewardModel:
+    """Trains what `config.body` asks for on comparisons of texts.
+
+    Args:
+        comparisons: items are texts.
+        body: causal language model; frozen here, and copied where the kind is fine-tuned.
+        features: pooled features of the items, where they are at hand (frozen kind only).
+        progress: called with (done, total) in comparisons.
+
+    Raises:
+        ValueError: no comparisons, or an unknown kind of body.
+    """
+    config = config or RewardModelConfig()
+    if not len(comparisons):
+        raise ValueError("train_reward_model: there are no comparisons to train on")
+    torch.manual_seed(seed)
+    if config.body in ("finetuned", "scratch"):
+        model = rm.new_classifier(body, scratch=config.body == "scratch", train_layers=config.train_layers, seed=seed)
+        rows = rm.tokenize(comparisons.items, tokenizer, config.max_tokens)
+        device = next(body.parameters()).device
+
+        def score(index: Tensor) -> Tensor:
+            tokens, mask = rm.pad([rows[i] for i in index.tolist()])
+            return model.to(device).raw_tokens(tokens.to(device), mask.to(device)).cpu()
+
+        fit_scores(model, score, comparisons, config, seed, progress)
+        return model.eval()
+    if config.body != "frozen":
+        raise ValueError(
+            f"reward_model.body must be frozen, finetuned or scratch to be trained here, got {config.body}"
+        )
+    frozen = rm.FrozenRewardModel(body, config.layers, config.hidden_units, config.dropout)
+    if features is None:
+        rows = rm.tokenize(comparisons.items, tokenizer, config.max_tokens)
+        features = rm.pooled_features(frozen, rows, config.feature_batch, quiet)
+    standardise(frozen, features)
+    fit, held_back = _hold_back(comparisons, seed)
+    fit_scores(frozen, lambda index: frozen.raw(features[index]), fit, config, seed, progress)
+    _calibrate(frozen.eval(), features, held_back)
+    return frozen
+
+
+def fit_scores(
+    model: nn.Module,
+    score: Callable[[Tensor], Tensor],
+    comparisons: Comparisons,
+    config: RewardModelConfig,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """AdamW with linear decay on the pairwise loss; `score` maps item indices to raw scores, each once per batch."""
+    steps = config.epochs * -(-len(comparisons) // config.batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+    model.train()
+    done = 0
+    for _ in range(config.epochs):
+        for batch in torch.randperm(len(comparisons), generator=generator).split(config.batch_size):
+            a, b = comparisons.a[batch], comparisons.b[batch]
+            items, where = torch.unique(torch.cat([a, b]), return_inverse=True)
+            scores = score(items)[where]
+            loss = pairwise_loss(
+                scores[: len(batch)], scores[len(batch) :], comparisons.outcome[batch].float(),
+                gap=comparisons.gap[batch].float() if comparisons.gap is not None else None,
+                margin=config.margin, centering=config.centering,
+            )  # fmt: skip
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            done += len(batch)
+            progress(done, config.epochs * len(comparisons))
+    model.eval()
+
+
+def standardise(model: rm.FrozenRewardModel, features: Tensor) -> None:
+    """Fixes the feature scale from the training texts."""
+    model.feature_mean.copy_(features.mean(0))
+    model.feature_std.copy_(features.std(0) if len(features) > 1 else torch.ones_like(model.feature_std))
+    model.feature_std.clamp_(min=1e-4)
+
+
+def _hold_back(comparisons: Comparisons, seed: int) -> tuple[Comparisons, Comparisons]:
+    """Comparisons without, and among, a tenth of the items: a text is on one side only."""
+    generator = torch.Generator().manual_seed(seed)
+    back = torch.rand(len(comparisons.items), generator=generator) < HELD_BACK
+    among, without = back[comparisons.a] & back[comparisons.b], ~back[comparisons.a] & ~back[comparisons.b]
+    if int(among.sum()) < 100:  # too few to say anything about scale: use everything for fitting
+        return comparisons, among_rows(comparisons, torch.zeros_like(among))
+    return among_rows(comparisons, without), among_rows(comparisons, among)
+
+
+def among_rows(comparisons: Comparisons, keep: Tensor) -> Comparisons:
+    """The comparisons selected by a (M,) bool mask; items stay as they are."""
+    gap = comparisons.gap[keep] if comparisons.gap is not None else None
+    return Comparisons(
+        comparisons.items,
+        comparisons.a[keep],
+        comparisons.b[keep],
+        comparisons.outcome[keep],
+        comparisons.same_rater[keep],
+        gap,
+    )
+
+
+@torch.no_grad()
+def _calibrate(model: rm.FrozenRewardModel, features: Tensor, held_back: Comparisons) -> None:
+    """One scale on the last layer, so that sigmoid(difference) is the frequency of the choice.
+
+    Dropout makes the fit too timid and over-fitting too bold; which wins depends on the data. Newton on log scale.
+    """
+    if not len(held_back):
+        return
+    scores = model.raw(features).double()
+    difference, outcome = scores[held_back.a] - scores[held_back.b], held_back.outcome.double()
+    scale = torch.ones((), dtype=torch.float64)
+    for _ in range(50):
+        p = torch.sigmoid(scale * difference)
+        gradient, curvature = ((p - outcome) * difference).mean(), (p * (1 - p) * difference**2).mean()
+        scale = (scale - gradient / curvature.clamp(min=1e-12)).clamp(0.1, 10.0)
+    model.head[-1].weight.mul_(scale.float())
+    model.head[-1].bias.mul_(scale.float())
+
+
+def train_on_ratings(
+    body: nn.Module, features: Tensor, ratings: Tensor, *, config: RewardModelConfig, seed: int = 0
+) -> rm.FrozenRewardModel:
+    """The same frozen head by least squares on (n,) mean ratings: what comparing wins or loses against rating."""
+    torch.manual_seed(seed)
+    model = rm.FrozenRewardModel(body, config.layers, config.hidden_units, config.dropout)
+    standardise(model, features)
+    target = ((ratings - ratings.mean()) / ratings.std()).float()
+    generator = torch.Generator().manual_seed(seed)
+    batch_size = max(1, min(64, len(ratings) // 8))
+    steps = 20 * -(-len(ratings) // batch_size)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+    model.train()
+    for _ in range(20):
+        for batch in torch.randperm(len(ratings), generator=generator).split(batch_size):
+            loss = ((model.raw(features[batch]) - target[batch]) ** 2).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    return model.eval()

@@ -1,0 +1,260 @@
+"""PPOEngine end to end on tiny models: exactness, sharing, frozen parts, and the fixed point that theory promises."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from rlhf_engine import models
+from rlhf_engine.config import PPOConfig
+from rlhf_engine.engine import PPOEngine, RewardTerm, experience_metrics
+
+ARMS = "abcdefghij"
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 12}
+KEYS = {
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 0,
+    "bos_token_id": 0,
+}
+FAMILIES = {
+    "llama": lambda: LlamaConfig(**SMALL, **KEYS, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SMALL, **KEYS),
+    "gemma2": lambda: Gemma2Config(**SMALL, **KEYS, head_dim=16, final_logit_softcapping=5.0),
+    "gpt2": lambda: GPT2Config(
+        n_embd=32, n_layer=3, n_head=2, vocab_size=12, n_positions=64, eos_token_id=0, bos_token_id=0
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**SMALL, max_position_embeddings=64, eos_token_id=0, bos_token_id=0),
+}
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter; "." ends a sequence and pads, as many real tokenizers have it."""
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate("." + ARMS + "z")}, unk_token="z"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=".", pad_token=".", padding_side="left")
+
+
+def tiny_lm(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # default init is nearly uniform over tokens: nothing could go wrong there
+            parameter.mul_(3.0) if parameter.ndim > 1 else None
+    return model
+
+
+def count_a(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(r.count("a")) for r in responses]
+
+
+def make_engine(model: torch.nn.Module, **overrides: object) -> PPOEngine:
+    reward = overrides.pop("reward", count_a)
+    defaults = {"steps": 4, "batch_size": 12, "micro_batch_size": 4, "minibatches": 1, "epochs": 1, "max_new_tokens": 6}
+    config = PPOConfig(**{**defaults, "train_layers": 1, "lr": 1e-2, **overrides})  # type: ignore[arg-type]
+    return PPOEngine(model, reward=reward, tokenizer=word_tokenizer(), config=config)
+
+
+PROMPTS = ["a b", "c", "d e f g", "h i", "j", "a a a", "b", "c d", "e", "f f", "g h i j a", "b c"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_first_ratio_is_exactly_one(family: str, dtype: torch.dtype) -> None:
+    engine = make_engine(tiny_lm(family, dtype=dtype), dtype=str(dtype).removeprefix("torch."))
+    assert engine.split == 2
+    for _ in range(2):
+        metrics = engine.step(PROMPTS).metrics
+        assert metrics["first_update_ratio_max_abs_dev"] == 0.0
+        assert metrics["policy/approx_kl_k1"] == 0.0 and metrics["policy/clip_fraction"] == 0.0
+
+
+def test_old_logprobs_come_from_score_not_from_the_update() -> None:
+    engine = make_engine(tiny_lm())
+    experience = engine.score(engine.rollout(PROMPTS))
+    with torch.no_grad():
+        next(p for p in engine.policy.parameters() if p.requires_grad).view(-1)[3] += 1e-2
+    assert engine.update(experience)["first_update_ratio_max_abs_dev"] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_trunk_states_equal_a_full_forward(family: str) -> None:
+    engine = make_engine(tiny_lm(family))
+    batch = engine.rollout(PROMPTS)
+    kept = engine.score(batch)
+    batch.hidden = {}
+    fresh = engine.score(batch)
+    for field in ("logprobs", "ref_logprobs", "values", "entropy"):
+        torch.testing.assert_close(getattr(kept, field), getattr(fresh, field), atol=2e-5, rtol=1e-4)
+    spread = experience_metrics(fresh)["sampler/logprob_abs_diff_max"]
+    assert spread < 1e-4, f"decoding and scoring disagree by {spread} nats"
+
+
+def test_log_probs_equal_transformers_own_on_every_unpadded_row() -> None:
+    engine = make_engine(tiny_lm(), temperature=0.7)
+    batch = engine.rollout(PROMPTS)
+    experience = engine.score(batch)
+    for row in range(len(batch)):
+        tokens = batch.tokens[row][batch.attention_mask[row]]
+        count = int(batch.response_mask[row].sum())
+        with torch.no_grad():
+            logits = engine.policy(tokens[None]).logits[0] / 0.7
+        want = logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[-count:, 0]
+        torch.testing.assert_close(experience.logprobs[row][batch.response_mask[row]], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"critic": "layers"}, {"train_layers": -1, "train_embeddings": True}])
+def test_reference_never_moves_and_frozen_parts_stay(overrides: dict[str, object]) -> None:
+    model = tiny_lm()
+    engine = make_engine(model, epochs=2, minibatches=3, **overrides)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    for _ in range(2):
+        engine.step(PROMPTS)
+    assert models.checksum(engine.reference) == engine.reference_checksum
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+    if not overrides:
+        assert moved and all("layers.2." in n or n == "model.norm.weight" for n in moved)
+
+
+def test_tied_embeddings_train_as_one_or_not_at_all() -> None:
+    model = tiny_lm()
+    models.freeze(model, train_layers=0, train_head=True)
+    assert model.get_input_embeddings().weight.requires_grad and engine_split(model) is None
+    models.freeze(model, train_layers=1)
+    assert not model.get_output_embeddings().weight.requires_grad and engine_split(model) == 2
+
+
+def engine_split(model: torch.nn.Module) -> int | None:
+    return models.shared_depth(model, models.copy_sharing_frozen(model))
+
+
+def test_gradient_does_not_depend_on_the_micro_batch_split() -> None:
+    """Same rollout cut into 1, 3 and 12 micro-batches: the update must be the same to rounding."""
+    results = []
+    for size in (12, 4, 1):
+        engine = make_engine(tiny_lm(), micro_batch_size=12)
+        batch = engine.rollout(PROMPTS)
+        experience = engine.score(batch)
+        batch.micro_batches = [slice(i, i + size) for i in range(0, 12, size)]
+        engine._minibatch(experience, batch.micro_batches, warm_up=False)
+        grads = [p.grad.flatten() for p in engine.policy_optimiser.parameters]
+        results.append(torch.cat([*grads, engine.critic.score.weight.grad.flatten()]))
+    for other in results[1:]:
+        assert float((other - results[0]).norm() / results[0].norm()) < 1e-6
+
+
+def test_reward_terms_are_weighted_and_logged() -> None:
+    ones = RewardTerm("ones", lambda p, r: [1.0] * len(r), weight=0.5)
+    engine = make_engine(tiny_lm(), reward=[RewardTerm("a", count_a, 2.0), ones])
+    experience = engine.score(engine.rollout(PROMPTS))
+    want = 2 * torch.tensor(count_a([], experience.rollout.texts)) + 0.5
+    torch.testing.assert_close(experience.scores, want)
+    assert {"score/a", "score/ones"} <= set(experience_metrics(experience))
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        (lambda p, r: [1.0], "not one each"),
+        (lambda p, r: [float("nan")] * len(r), "not finite"),
+        (None, "reward is missing"),
+    ],
+)
+def test_bad_rewards_are_named(reward: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        engine = make_engine(tiny_lm(), reward=reward)
+        engine.score(engine.rollout(PROMPTS))
+
+
+def test_a_non_finite_gradient_never_reaches_the_weights() -> None:
+    engine = make_engine(tiny_lm())
+    experience = engine.score(engine.rollout(PROMPTS))
+    before = models.checksum(engine.policy)
+    experience.advantages[0, 0] = float("inf")
+    assert engine.update(experience)["skipped_steps"] == 1
+    assert models.checksum(engine.policy) == before
+
+
+def test_critic_folder_is_read_by_transformers(tmp_path: object) -> None:
+    for critic in ("head", "layers"):
+        engine = make_engine(tiny_lm(), critic=critic, value_lr=1e-2)
+        engine.step(PROMPTS)
+        batch = engine.rollout(PROMPTS)
+        values = engine.score(batch).values
+        models.save_critic(engine.critic, engine.reference, f"{tmp_path}/{critic}")
+        loaded = AutoModelForTokenClassification.from_pretrained(f"{tmp_path}/{critic}").eval()
+        positions = models.position_ids(batch.attention_mask)
+        with torch.no_grad():
+            out = loaded(batch.tokens, attention_mask=batch.attention_mask.long(), position_ids=positions).logits[
+                ..., 0
+            ]
+        want = out[:, batch.prompts.input_ids.shape[1] - 1 : -1]
+        torch.testing.assert_close(values, torch.where(batch.response_mask, want, 0.0), atol=1e-5, rtol=1e-4)
+
+
+def test_adaptive_kl_coefficient_follows_its_rule() -> None:
+    engine = make_engine(tiny_lm(), kl_controller="adaptive", kl_target=0.5, kl_horizon=100.0, lr=3e-2)
+    steps = [engine.step(PROMPTS).metrics for _ in range(4)]
+    assert steps[0]["kl/coef"] == 0.05
+    for now, then in zip(steps, steps[1:], strict=False):
+        error = min(max(now["kl/sequence"] / 0.5 - 1, -0.2), 0.2)
+        assert then["kl/coef"] == pytest.approx(now["kl/coef"] * (1 + error * 12 / 100), rel=1e-12)
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_kl_fixed_point(attempt: int) -> None:
+    """One token, ten arms, reward r, coefficient b: PPO must end at pi_ref exp(r / b) / Z (Ziegler et al. 2019, eq. 2).
+
+    At that point r - b log(pi / pi_ref) is the same for every arm, so even sampled advantages vanish.
+    """
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    model = tiny_lm(seed=seed % 1000)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    b = 1.0
+    rewards = 1.5 * torch.randn(len(ARMS), generator=generator)
+    config = PPOConfig(
+        steps=120, batch_size=512, micro_batch_size=512, minibatches=1, epochs=6, max_new_tokens=1, train_layers=2, lr=5e-3,
+        value_lr=3e-2, kl_coef=b, whiten_advantages=False, value_clip=0.0, lr_schedule="cosine",
+    )  # fmt: skip
+    tokenizer = word_tokenizer()
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        # Anything that is no arm (the end token, the unknown token) is worth as little as the worst arm.
+        return [float(rewards[ARMS.index(r)]) if r and r in ARMS else float(rewards.min()) for r in responses]
+
+    engine = PPOEngine(model, reward=reward, tokenizer=tokenizer, config=config, seed=seed)
+    prompt = tokenizer("a b", return_tensors="pt").input_ids
+
+    def distribution(of: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return of(prompt).logits[0, -1].double().softmax(0)
+
+    per_token = torch.full((12,), float(rewards.min()), dtype=torch.float64)
+    per_token[1 : 1 + len(ARMS)] = rewards.double()
+    target = distribution(engine.reference) * torch.exp(per_token / b)
+    target /= target.sum()
+    start = float((distribution(engine.policy) - target).abs().sum() / 2)
+    assert start >= 0.3, f"seed {seed}: starts only {start:.2f} away, so arriving would prove nothing"
+    for _ in range(config.steps):
+        engine.step(["a b"] * config.batch_size)
+    end = float((distribution(engine.policy) - target).abs().sum() / 2)
+    assert end <= 0.02, f"seed {seed}: total variation {start:.3f} -> {end:.3f}"
