@@ -8,17 +8,17 @@ layers, the hidden states at the split are kept from decoding and reused by refe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_engine import data, models, ops, ppo, rollout
 from rlhf_engine.config import PPOConfig
-from rlhf_engine.models import Critic, HiddenStates
-from rlhf_engine.reward_model import FrozenRewardModel, RewardModel
+from rlhf_engine.models import Critic, HiddenStates, LanguageModel
+from rlhf_engine.reward_model import ClassifierRewardModel, FrozenRewardModel, RewardModel
 from rlhf_engine.types import Experience, Prompts, Rollout, StepStats
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -54,9 +54,9 @@ class PPOEngine:
 
     def __init__(
         self,
-        policy: nn.Module,
-        reference: nn.Module | None = None,
-        value: nn.Module | None = None,
+        policy: LanguageModel,
+        reference: LanguageModel | None = None,
+        value: LanguageModel | None = None,
         reward: RewardModel | RewardFunction | list[RewardTerm] | None = None,
         tokenizer: Any = None,
         config: PPOConfig | None = None,
@@ -101,7 +101,7 @@ class PPOEngine:
         depth = models.shared_depth(self.policy, self.reference)
         return None if depth is None else min(depth, len(models.decoder_layers(self.policy)) - 1)
 
-    def _critic(self, value: nn.Module | None) -> Critic:
+    def _critic(self, value: LanguageModel | None) -> Critic:
         if value is not None:
             critic = models.critic_from_classifier(value)
         else:
@@ -160,7 +160,7 @@ class PPOEngine:
             self.progress("score", rows.stop, len(batch), "responses")
         hidden = {k: torch.cat([s[k] for s in states]) for k in states[0]}
         terms = self.reward_terms(batch, hidden)
-        scores = sum(t.weight * terms[t.name] for t in self.rewards)
+        scores = self.weighted(terms)
         shaped = ppo.shape_advantages(
             self.config, scores=scores, finished=batch.finished, logprobs=zeros["logprobs"], ref_logprobs=zeros["ref"],
             values=zeros["values"], mask=batch.response_mask, kl_coef=self.kl_controller.coef,
@@ -183,19 +183,24 @@ class PPOEngine:
         known = {**batch.hidden, **(hidden or {})}
         terms = {}
         for term in self.rewards:
-            if isinstance(term.source, nn.Module):
-                ready = getattr(term.source, "body", None) is self.reference and set(term.source.layers) <= set(known)
+            if isinstance(term.source, (FrozenRewardModel, ClassifierRewardModel)):
+                ready = term.source.body is self.reference and set(term.source.layers) <= set(known)
                 value = term.source.score(batch.tokens, mask, known if ready and term.source.layers else None)
             else:
                 value = torch.as_tensor(term.source(batch.prompts.texts, batch.texts), dtype=torch.float32)
                 if value.shape != (len(batch),):
                     raise ValueError(
-                        f"reward {term.name}: returned {tuple(value.shape)} values for {len(batch)} responses, not one each"
+                        f"reward {term.name}: returned {tuple(value.shape)} values for {len(batch)} responses, "
+                        "not one each"
                     )
             if not torch.isfinite(value).all():
                 raise ValueError(f"reward {term.name}: returned a value that is not finite")
             terms[term.name] = value.float().to(self.device)
         return terms
+
+    def weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        """(B,) sum of the weighted rewards."""
+        return torch.stack([term.weight * terms[term.name] for term in self.rewards]).sum(0)
 
     @staticmethod
     def _text_mask(batch: Rollout) -> Tensor:
@@ -206,15 +211,19 @@ class PPOEngine:
         return mask
 
     def _body(
-        self, model: nn.Module, batch: Rollout, rows: slice, capture: set[int] | tuple = ()
+        self, model: LanguageModel, batch: Rollout, rows: slice, capture: Iterable[int] = ()
     ) -> tuple[Tensor, HiddenStates]:
-        shares = self.split is not None and self.split in batch.hidden and (
-            model is self.policy or model is self.reference or models.shared_depth(model, self.reference) == self.split
-        )  # fmt: skip
-        start = (self.split, batch.hidden[self.split][rows]) if shares else None
+        start = None
+        if self.split is not None and self.split in batch.hidden and self._shares_trunk(model):
+            start = (self.split, batch.hidden[self.split][rows])
         return models.run_body(model, batch.tokens[rows], batch.attention_mask[rows], capture=capture, start=start)
 
-    def _head(self, model: nn.Module, hidden: Tensor, batch: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
+    def _shares_trunk(self, model: LanguageModel) -> bool:
+        return (
+            model is self.policy or model is self.reference or models.shared_depth(model, self.reference) == self.split
+        )
+
+    def _head(self, model: LanguageModel, hidden: Tensor, batch: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
         weight, bias = models.output_head(model)
         mask = batch.response_mask[rows]
         width = batch.tokens.shape[1] - mask.shape[1]
@@ -223,12 +232,13 @@ class PPOEngine:
             temperature=self.config.temperature, **models.head_options(model),
         )  # fmt: skip
 
-    def _logprobs(self, model: nn.Module, batch: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: LanguageModel, batch: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
         return self._head(model, self._body(model, batch, rows)[0], batch, rows)
 
     def update(self, experience: Experience) -> dict[str, float]:
         """All epochs of PPO on one scored rollout; returns the finalised metrics."""
-        c, parts = self.config, []
+        c = self.config
+        parts: list[dict[str, Tensor]] = []
         warm_up = self.step_index < c.critic_warmup_steps
         factor = ppo.lr_factor(self.step_index, c)
         extra: dict[str, float] = {"skipped_steps": 0.0}

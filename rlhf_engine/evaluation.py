@@ -75,7 +75,8 @@ def load_judge(name: str) -> Judge | None:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
         raise ValueError(
-            'evaluate.judge: vaderSentiment is missing; run pip install "rlhf_engine[demo]" or set evaluate.judge to none'
+            'evaluate.judge: vaderSentiment is missing; run pip install "rlhf_engine[demo]", or set '
+            "evaluate.judge to none"
         ) from error
     analyser = SentimentIntensityAnalyzer()
     return lambda texts: [analyser.polarity_scores(text)["compound"] for text in texts]

@@ -19,16 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HiddenStates = dict[
-    int, Tensor
-]  # layer index -> (B, S, H) that layer's input; index num_layers -> after the final norm
+LanguageModel = Any  # a transformers model; its attributes depend on the family
+HiddenStates = dict[int, Tensor]  # layer index -> (B, S, H) entering that layer; num_layers -> after the final norm
 
 
 class ModelError(ValueError):
     """A model that cannot be loaded or has no shape we understand; the message says what to do."""
 
 
-def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
     """A causal language model in eval mode: from a folder or hub name, or with random weights from a .json config."""
     import transformers
 
@@ -79,7 +78,7 @@ def first_sentence(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:300]
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: LanguageModel) -> nn.ModuleList:
     """The list of decoder blocks, found by its length."""
     config = model.config.get_text_config()
     for module in model.modules():
@@ -88,7 +87,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise ModelError(f"{type(model).__name__}: found no list of {config.num_hidden_layers} decoder layers")
 
 
-def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+def output_head(model: LanguageModel) -> tuple[Tensor, Tensor | None]:
     """Weight (V, H) and bias (V,) of the language-model head."""
     head = model.get_output_embeddings()
     if head is None:
@@ -96,7 +95,7 @@ def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     return head.weight, getattr(head, "bias", None)
 
 
-def head_options(model: nn.Module) -> dict[str, float | None]:
+def head_options(model: LanguageModel) -> dict[str, Any]:
     """What the family does to logits besides the matrix product: keyword arguments of ops.linear_logprobs."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
@@ -105,7 +104,9 @@ def head_options(model: nn.Module) -> dict[str, float | None]:
     return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": float(scale)}
 
 
-def freeze(model: nn.Module, *, train_layers: int, train_embeddings: bool = False, train_head: bool = False) -> None:
+def freeze(
+    model: LanguageModel, *, train_layers: int, train_embeddings: bool = False, train_head: bool = False
+) -> None:
     """Sets requires_grad: the last `train_layers` blocks (-1 = all) and the final norm; embeddings and head as asked.
 
     With tied weights, training either of embeddings and head trains both.
@@ -126,14 +127,14 @@ def freeze(model: nn.Module, *, train_layers: int, train_embeddings: bool = Fals
         embeddings.requires_grad_(True)
 
 
-def copy_sharing_frozen(model: nn.Module) -> nn.Module:
+def copy_sharing_frozen(model: LanguageModel) -> LanguageModel:
     """A copy that owns its trainable parameters and shares the frozen ones (the same objects) with `model`."""
-    memo = {id(p): p for p in model.parameters() if not p.requires_grad}
+    memo: dict[int, Tensor] = {id(p): p for p in model.parameters() if not p.requires_grad}
     memo |= {id(b): b for b in model.buffers()}
     return copy.deepcopy(model, memo)
 
 
-def shared_depth(model: nn.Module, other: nn.Module) -> int | None:
+def shared_depth(model: LanguageModel, other: LanguageModel) -> int | None:
     """How many leading layers of two models are the same frozen objects; None if not even the embeddings are."""
     if model is other:
         return len(decoder_layers(model))
@@ -152,7 +153,7 @@ def shared_depth(model: nn.Module, other: nn.Module) -> int | None:
     return depth
 
 
-def _after_layers(model: nn.Module) -> Iterator[nn.Parameter]:
+def _after_layers(model: LanguageModel) -> Iterator[nn.Parameter]:
     """Final norm and an untied head: everything that is registered after the list of layers."""
     layers, seen = decoder_layers(model), False
     embedding = model.get_input_embeddings().weight
@@ -169,7 +170,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def run_body(
-    model: nn.Module,
+    model: LanguageModel,
     tokens: Tensor,
     attention_mask: Tensor,
     *,
@@ -207,7 +208,7 @@ def run_body(
 
 
 @contextmanager
-def capture_inputs(model: nn.Module, wanted: Iterable[int], into: HiddenStates) -> Iterator[None]:
+def capture_inputs(model: LanguageModel, wanted: Iterable[int], into: HiddenStates) -> Iterator[None]:
     """While active, every forward pass stores the hidden state entering the wanted layers in `into`."""
     layers = decoder_layers(model)
 
@@ -230,7 +231,7 @@ class _Stop(Exception):  # noqa: N818  (control flow, not an error)
 
 
 @torch.no_grad()
-def run_trunk(model: nn.Module, tokens: Tensor, attention_mask: Tensor, capture: Iterable[int]) -> HiddenStates:
+def run_trunk(model: LanguageModel, tokens: Tensor, attention_mask: Tensor, capture: Iterable[int]) -> HiddenStates:
     """Hidden states entering the wanted layers, without gradient; layers above the last of them are not run."""
     wanted, layers = sorted(set(capture)), decoder_layers(model)
     if not wanted or wanted[-1] == len(layers):
@@ -267,7 +268,7 @@ class _Skipped(nn.Module):
 
 
 @contextmanager
-def _skip_layers(model: nn.Module, k: int, hidden: Tensor) -> Iterator[None]:
+def _skip_layers(model: LanguageModel, k: int, hidden: Tensor) -> Iterator[None]:
     layers = decoder_layers(model)
     real = [layers[i] for i in range(k)]
     stand_ins = [_Skipped(layer, hidden) for layer in real]
@@ -294,20 +295,21 @@ def checksum(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 class Critic(nn.Module):
     """A scalar head on a body. With `body=None` it reads the reference's hidden states and costs next to nothing."""
 
-    def __init__(self, hidden_size: int, body: nn.Module | None = None) -> None:
+    body: LanguageModel | None
+
+    def __init__(self, hidden_size: int, body: LanguageModel | None = None) -> None:
         super().__init__()
         self.body = body
         self.score = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(
-            self.score.weight
-        )  # values start at 0 instead of at noise, so the first advantages are the rewards'
+        # Values start at 0 instead of at noise, so the first advantages are the rewards'.
+        nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -315,7 +317,7 @@ class Critic(nn.Module):
         return self.score(hidden.float()).squeeze(-1)
 
 
-def save_critic(critic: Critic, reference: nn.Module, folder: str | Path) -> None:
+def save_critic(critic: Critic, reference: LanguageModel, folder: str | Path) -> None:
     """Writes what `AutoModelForTokenClassification.from_pretrained(folder)` reads: one value per token."""
     import transformers
 
@@ -338,7 +340,7 @@ def scalar_head(model: nn.Module) -> nn.Linear:
     return heads[0]
 
 
-def critic_from_classifier(model: nn.Module) -> Critic:
+def critic_from_classifier(model: LanguageModel) -> Critic:
     """A critic from any token or sequence classifier with one output, such as a reward model."""
     head = scalar_head(model)
     critic = Critic(head.in_features, body=model)

@@ -1,8 +1,9 @@
 """Reward models: a scalar for a whole text, and their training on head-to-head comparisons.
 
 Two bodies. `FrozenRewardModel`: pooled hidden states of a frozen language model and a small head; where the policy
-shares that trunk, scoring is nearly free. `ClassifierRewardModel`: any transformers sequence classifier with one output,
-so that other libraries read ours and we read theirs. Both report (raw - mean) / std with constants that are saved with them.
+shares that trunk, scoring is nearly free. `ClassifierRewardModel`: any transformers sequence classifier with one
+output, so that other libraries read ours and we read theirs. Both report (raw - mean) / std with constants that are
+saved with them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_engine import models
-from rlhf_engine.models import HiddenStates
+from rlhf_engine.models import HiddenStates, LanguageModel
 
 FORMAT = "rlhf_engine.frozen_reward_model.1"
 Progress = Callable[[int, int], None]
@@ -27,7 +28,13 @@ Progress = Callable[[int, int], None]
 class FrozenRewardModel(nn.Module):
     """score = head(standardised [mean, last] pools of hidden states at `layers`)."""
 
-    def __init__(self, body: nn.Module, layers: list[int], hidden_units: int, dropout: float = 0.0) -> None:
+    body: LanguageModel
+    feature_mean: Tensor  # (D,)
+    feature_std: Tensor  # (D,)
+    score_mean: Tensor  # ()
+    score_std: Tensor  # ()
+
+    def __init__(self, body: LanguageModel, layers: list[int], hidden_units: int, dropout: float = 0.0) -> None:
         super().__init__()
         config = body.config.get_text_config()
         if not layers or min(layers) < 0 or max(layers) > config.num_hidden_layers:
@@ -35,16 +42,11 @@ class FrozenRewardModel(nn.Module):
         self.__dict__["body"] = body  # not a submodule: it is shared, frozen, and saved elsewhere
         self.layers = sorted(set(layers))
         width = 2 * len(self.layers) * config.hidden_size
-        self.dropout = dropout
-        self.head = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(width, hidden_units),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden_units, 1),
-        )
-        nn.init.normal_(self.head[-1].weight, std=1 / math.sqrt(hidden_units + 1))
-        nn.init.zeros_(self.head[-1].bias)
+        self.hidden_units = hidden_units
+        first, last = nn.Linear(width, hidden_units), nn.Linear(hidden_units, 1)
+        nn.init.normal_(last.weight, std=1 / math.sqrt(hidden_units + 1))
+        nn.init.zeros_(last.bias)
+        self.head = nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), nn.Dropout(dropout), last)
         for name in ("feature_mean", "feature_std"):
             self.register_buffer(name, torch.zeros(width) if name.endswith("mean") else torch.ones(width))
         self.register_buffer("score_mean", torch.zeros(()))
@@ -77,7 +79,7 @@ class FrozenRewardModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "head.safetensors")
         about = {
-            "format": FORMAT, "layers": self.layers, "hidden_units": self.head[1].out_features,
+            "format": FORMAT, "layers": self.layers, "hidden_units": self.hidden_units,
             "body": self.body.config.name_or_path, "body_sha256": models.checksum(self.body),
         }  # fmt: skip
         (folder / "reward_model.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -86,9 +88,10 @@ class FrozenRewardModel(nn.Module):
 class ClassifierRewardModel(nn.Module):
     """Any sequence classifier with one output; the last real token's score, found by the mask and never by a pad id."""
 
+    body: LanguageModel
     layers: tuple[int, ...] = ()
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: LanguageModel) -> None:
         super().__init__()
         self.body = classifier
         self.head = models.scalar_head(classifier)
@@ -118,7 +121,7 @@ class ClassifierRewardModel(nn.Module):
 RewardModel = FrozenRewardModel | ClassifierRewardModel
 
 
-def _is_decoder(classifier: nn.Module) -> bool:
+def _is_decoder(classifier: LanguageModel) -> bool:
     """Encoders (BERT-like) pool by themselves, at their own special token; decoders are read at the last token."""
     name = type(classifier).__name__
     import transformers
@@ -126,7 +129,7 @@ def _is_decoder(classifier: nn.Module) -> bool:
     return type(classifier.config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and "Bert" not in name
 
 
-def new_classifier(body: nn.Module, *, scratch: bool, train_layers: int, seed: int) -> ClassifierRewardModel:
+def new_classifier(body: LanguageModel, *, scratch: bool, train_layers: int, seed: int) -> ClassifierRewardModel:
     """A sequence classifier on a copy of `body` (or on random weights of its shape); head init std 1/sqrt(d + 1)."""
     import copy
 
@@ -146,7 +149,7 @@ def new_classifier(body: nn.Module, *, scratch: bool, train_layers: int, seed: i
     return ClassifierRewardModel(classifier.eval())
 
 
-def load_reward_model(folder: str | Path, *, body: nn.Module | None = None) -> RewardModel:
+def load_reward_model(folder: str | Path, *, body: LanguageModel | None = None) -> RewardModel:
     """Reads either kind. The frozen kind needs the body it was trained on.
 
     Raises:

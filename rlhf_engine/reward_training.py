@@ -7,6 +7,7 @@ Bradley & Terry 1952; margin as in Llama 2 (Touvron et al. 2023); centering as i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch.nn import functional as F
 
 from rlhf_engine import reward_model as rm
 from rlhf_engine.config import RewardModelConfig
+from rlhf_engine.models import LanguageModel
 from rlhf_engine.types import Comparisons
 
 Progress = Callable[[int, int], None]
-HELD_BACK = 0.1  # share of the texts on which the frozen kind's one scale factor is fitted
+HELD_BACK = 0.2  # share of the texts on which the frozen kind's scale is fitted
 
 
 def quiet(done: int, total: int) -> None:
@@ -46,7 +48,7 @@ def pairwise_loss(
 
 def train_reward_model(
     comparisons: Comparisons,
-    body: nn.Module,
+    body: LanguageModel,
     tokenizer: Any,
     *,
     config: RewardModelConfig | None = None,
@@ -89,10 +91,12 @@ def train_reward_model(
         rows = rm.tokenize(comparisons.items, tokenizer, config.max_tokens)
         features = rm.pooled_features(frozen, rows, config.feature_batch, quiet)
     standardise(frozen, features)
-    fit, held_back = _hold_back(comparisons, seed)
-    fit_scores(frozen, lambda index: frozen.raw(features[index]), fit, config, seed, progress)
-    _calibrate(frozen.eval(), features, held_back)
-    return frozen
+    scale = _calibration_scale(frozen, features, comparisons, config, seed, progress)
+    fit_scores(frozen, lambda index: frozen.raw(features[index]), comparisons, config, seed, progress)
+    with torch.no_grad():
+        for parameter in frozen.head[-1].parameters():
+            parameter.mul_(scale)
+    return frozen.eval()
 
 
 def fit_scores(
@@ -137,50 +141,53 @@ def standardise(model: rm.FrozenRewardModel, features: Tensor) -> None:
     model.feature_std.clamp_(min=1e-4)
 
 
-def _hold_back(comparisons: Comparisons, seed: int) -> tuple[Comparisons, Comparisons]:
-    """Comparisons without, and among, a tenth of the items: a text is on one side only."""
-    generator = torch.Generator().manual_seed(seed)
-    back = torch.rand(len(comparisons.items), generator=generator) < HELD_BACK
-    among, without = back[comparisons.a] & back[comparisons.b], ~back[comparisons.a] & ~back[comparisons.b]
-    if int(among.sum()) < 100:  # too few to say anything about scale: use everything for fitting
-        return comparisons, among_rows(comparisons, torch.zeros_like(among))
-    return among_rows(comparisons, without), among_rows(comparisons, among)
+def _calibration_scale(
+    model: rm.FrozenRewardModel,
+    features: Tensor,
+    comparisons: Comparisons,
+    config: RewardModelConfig,
+    seed: int,
+    progress: Progress,
+) -> float:
+    """What to multiply scores by, so that sigmoid(difference) is how often people choose so between two texts.
+
+    Learning from ties and with dropout makes differences too small, over-fitting makes them too large. So a copy of the
+    untrained head is fitted without some of the texts, and one factor on decided comparisons of two people among those.
+    """
+    back = torch.rand(len(comparisons.items), generator=torch.Generator().manual_seed(seed)) < HELD_BACK
+    graded = back[comparisons.a] & back[comparisons.b] & (comparisons.outcome != 0.5) & ~comparisons.same_rater
+    if int(graded.sum()) < 100:  # a factor from fewer would be noise
+        return 1.0
+    without = among_rows(comparisons, ~back[comparisons.a] & ~back[comparisons.b])
+    trial = copy.deepcopy(model.head)
+    fitted, model.head = model.head, trial
+    fit_scores(model, lambda index: model.raw(features[index]), without, config, seed, progress)
+    with torch.no_grad():
+        scores = model.raw(features).double()
+    model.head = fitted
+    difference = scores[comparisons.a[graded]] - scores[comparisons.b[graded]]
+    return best_scale(difference, comparisons.outcome[graded].double())
 
 
 def among_rows(comparisons: Comparisons, keep: Tensor) -> Comparisons:
     """The comparisons selected by a (M,) bool mask; items stay as they are."""
     gap = comparisons.gap[keep] if comparisons.gap is not None else None
-    return Comparisons(
-        comparisons.items,
-        comparisons.a[keep],
-        comparisons.b[keep],
-        comparisons.outcome[keep],
-        comparisons.same_rater[keep],
-        gap,
-    )
+    a, b, outcome, same = (x[keep] for x in (comparisons.a, comparisons.b, comparisons.outcome, comparisons.same_rater))
+    return Comparisons(comparisons.items, a, b, outcome, same, gap)
 
 
-@torch.no_grad()
-def _calibrate(model: rm.FrozenRewardModel, features: Tensor, held_back: Comparisons) -> None:
-    """One scale on the last layer, so that sigmoid(difference) is the frequency of the choice.
-
-    Dropout makes the fit too timid and over-fitting too bold; which wins depends on the data. Newton on log scale.
-    """
-    if not len(held_back):
-        return
-    scores = model.raw(features).double()
-    difference, outcome = scores[held_back.a] - scores[held_back.b], held_back.outcome.double()
+def best_scale(difference: Tensor, outcome: Tensor) -> float:
+    """The factor on differences (M,) that makes outcomes (M,) likeliest (Platt scaling without offset), by Newton."""
     scale = torch.ones((), dtype=torch.float64)
     for _ in range(50):
         p = torch.sigmoid(scale * difference)
         gradient, curvature = ((p - outcome) * difference).mean(), (p * (1 - p) * difference**2).mean()
         scale = (scale - gradient / curvature.clamp(min=1e-12)).clamp(0.1, 10.0)
-    model.head[-1].weight.mul_(scale.float())
-    model.head[-1].bias.mul_(scale.float())
+    return float(scale)
 
 
 def train_on_ratings(
-    body: nn.Module, features: Tensor, ratings: Tensor, *, config: RewardModelConfig, seed: int = 0
+    body: LanguageModel, features: Tensor, ratings: Tensor, *, config: RewardModelConfig, seed: int = 0
 ) -> rm.FrozenRewardModel:
     """The same frozen head by least squares on (n,) mean ratings: what comparing wins or loses against rating."""
     torch.manual_seed(seed)

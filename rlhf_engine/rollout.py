@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_engine import models
+from rlhf_engine.models import LanguageModel
 from rlhf_engine.types import Prompts, Rollout
 
 
@@ -35,7 +36,7 @@ def sampling_logprobs(logits: Tensor, *, temperature: float, top_k: int, top_p: 
 
 @torch.no_grad()
 def sample(
-    policy: nn.Module,
+    policy: LanguageModel,
     prompts: Prompts,
     *,
     tokenizer: Any,
@@ -96,7 +97,7 @@ def sample(
     return _finish(prompts, sampled, logprobs, response_mask, pieces, micro_batch_size, tokenizer)
 
 
-def _decoder(policy: nn.Module, pieces: dict[int, list[Tensor]]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _decoder(policy: LanguageModel, pieces: dict[int, list[Tensor]]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A closure over the KV cache: new tokens in, their final hidden states out, captures appended to `pieces`."""
     from transformers import DynamicCache
 

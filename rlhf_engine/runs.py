@@ -109,7 +109,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def write_environment(folder: Path, machine: dict[str, Any]) -> None:
     """env.json: versions and machine; no paths, no environment variables, so nothing secret can slip in."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlhf_engine import models, ops
 from rlhf_engine.config import PPOConfig, SFTConfig
 from rlhf_engine.data import SFTRecord
+from rlhf_engine.models import LanguageModel
 from rlhf_engine.ppo import MasterAdamW
 
 
@@ -32,10 +33,11 @@ class SFTReport:
 class _Row:
     tokens: Tensor  # (S,) int64
     target: Tensor  # (S,) bool: loss falls on this token
+    cut: bool  # the record was longer
 
 
 def train_sft(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: Any,
     records: list[SFTRecord],
     *,
@@ -50,7 +52,7 @@ def train_sft(
     """
     config = config or SFTConfig()
     rows = [_row(record, tokenizer, config.max_tokens) for record in records]
-    cut = sum(row.tokens.numel() >= config.max_tokens for row in rows)
+    cut = sum(row.cut for row in rows)
     rows = [row for row in rows if row.target[1:].any()]
     if not rows:
         raise ValueError("train_sft: no record has a target token within sft.max_tokens")
@@ -71,8 +73,9 @@ def train_sft(
 def _row(record: SFTRecord, tokenizer: Any, max_tokens: int) -> _Row:
     prefix = tokenizer(record.prefix)["input_ids"] if record.prefix else []
     target = tokenizer(record.target, add_special_tokens=not prefix)["input_ids"] + [tokenizer.eos_token_id]
-    tokens = torch.tensor(prefix + target, dtype=torch.int64)[:max_tokens]
-    return _Row(tokens, torch.arange(len(tokens)) >= len(prefix))
+    ids = prefix + target
+    tokens = torch.tensor(ids[:max_tokens], dtype=torch.int64)
+    return _Row(tokens, torch.arange(len(tokens)) >= len(prefix), cut=len(ids) > max_tokens)
 
 
 def _batches(rows: list[_Row], config: SFTConfig, seed: int) -> Iterator[list[_Row]]:
@@ -82,7 +85,7 @@ def _batches(rows: list[_Row], config: SFTConfig, seed: int) -> Iterator[list[_R
             yield [rows[i] for i in index.tolist()]
 
 
-def _step(model: nn.Module, batch: list[_Row]) -> float:
+def _step(model: LanguageModel, batch: list[_Row]) -> float:
     """Forward and backward of one batch; returns the mean loss per target token."""
     device = next(model.parameters()).device
     tokens = nn.utils.rnn.pad_sequence([row.tokens for row in batch], batch_first=True).to(device)

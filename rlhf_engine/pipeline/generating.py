@@ -38,8 +38,8 @@ def generate(
         made = data.make_prompts(texts, words, ids=[str(start + i) for i in range(len(texts))])
         made.input_ids, made.attention_mask = made.input_ids.to(device), made.attention_mask.to(device)
         batch = rollout.sample(
-            policy, made, tokenizer=words, max_new_tokens=max_new_tokens, micro_batch_size=BATCH, temperature=temperature,
-            top_k=top_k, top_p=top_p, generator=generator,
+            policy, made, tokenizer=words, max_new_tokens=max_new_tokens, micro_batch_size=BATCH,
+            temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
         )  # fmt: skip
         rows += [{"prompt": p, "response": r} for p, r in zip(texts, batch.texts, strict=True)]
     if output is None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from rlhf_engine import data, models, report, runs, tiny
 from rlhf_engine import fetch as fetching
 from rlhf_engine import reward_model as rm
 from rlhf_engine.config import RunConfig
 from rlhf_engine.metrics import RunLog
+from rlhf_engine.models import LanguageModel
 from rlhf_engine.types import Comparisons, RatedTexts, Rollout
 
 
@@ -28,10 +28,11 @@ class Job:
     device: torch.device
     summary: dict[str, Any] = field(default_factory=dict)
     model_folder: str = ""
-    base: nn.Module | None = None  # the frozen language model: pretrained, or supervised fine-tuned
+    base: LanguageModel = None  # frozen: pretrained, or supervised fine-tuned
     tokenizer: Any = None
-    parts: tuple[RatedTexts, RatedTexts, RatedTexts] | None = None  # train, held-out, prompts
-    matches: Comparisons | None = None
+    # These have no value before their stage ran.
+    parts: tuple[RatedTexts, RatedTexts, RatedTexts] = field(init=False)  # train, held-out, prompts
+    matches: Comparisons = field(init=False)
     reward_model: rm.RewardModel | None = None
     pretrained_samples: Rollout | None = None  # only kept where SFT changes the base
 

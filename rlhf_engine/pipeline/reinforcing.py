@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_engine import data, evaluation, models, ranking, rollout, runs
 from rlhf_engine import reward_model as rm
 from rlhf_engine.config import RewardSource
 from rlhf_engine.engine import PPOEngine, RewardTerm, experience_metrics
+from rlhf_engine.models import LanguageModel
 from rlhf_engine.pipeline.job import Job, heldout_prompts, train_prompts
 from rlhf_engine.sft import train_sft
 from rlhf_engine.types import Rollout
@@ -32,6 +33,7 @@ class Contender:
 def sft_stage(job: Job) -> None:
     job.pretrained_samples = sample(job, job.base, heldout_prompts(job), "pretrained")
     with job.log.stage("sft"):
+        assert job.config.sft.data is not None  # the callers look
         records = data.read_sft(job.config.sft.data)
         outcome = train_sft(
             job.base, job.tokenizer, records, config=job.config.sft, seed=job.config.seed,
@@ -47,7 +49,7 @@ def sft_stage(job: Job) -> None:
         runs.write_card(job.folder / "sft", "Supervised fine-tuned model", [f"Base: {job.config.model}."])
 
 
-def sample(job: Job, model: nn.Module, prompts: list[str], phase: str) -> Rollout:
+def sample(job: Job, model: LanguageModel, prompts: list[str], phase: str) -> Rollout:
     """Held-out samples of a model outside the engine, with the seed that every compared model gets."""
     c = job.config.ppo
     made = data.make_prompts(prompts, job.tokenizer)
@@ -132,8 +134,7 @@ def _normalise(job: Job, engine: PPOEngine, before: Rollout) -> None:
 
 
 def _scores(engine: PPOEngine, batch: Rollout) -> Tensor:
-    terms = engine.reward_terms(batch)
-    return sum(term.weight * terms[term.name] for term in engine.rewards).cpu()
+    return engine.weighted(engine.reward_terms(batch)).cpu()
 
 
 def _train(job: Job, engine: PPOEngine, prompts: list[str], judge: evaluation.Judge | None) -> list[Contender]:

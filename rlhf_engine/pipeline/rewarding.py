@@ -55,16 +55,17 @@ def reward_stage(job: Job) -> None:
             probe = rm.FrozenRewardModel(job.base, c.layers, c.hidden_units)
             features = _features(job, probe, train.texts)
         if c.body in ("frozen", "finetuned", "scratch"):
-            job.reward_model = rt.train_reward_model(
+            model = rt.train_reward_model(
                 job.matches, job.base, job.tokenizer, config=c, features=features, seed=job.config.seed,
                 progress=lambda done, total: job.log.progress("reward model", done, total, "comparisons"),
             )  # fmt: skip
         else:
-            job.reward_model = rm.load_reward_model(c.body, body=job.base)
-    job.reward_model.save(job.folder / "reward_model")
+            model = rm.load_reward_model(c.body, body=job.base)
+    job.reward_model = model
+    model.save(job.folder / "reward_model")
     job.tokenizer.save_pretrained(job.folder / "reward_model")
     with job.log.stage("grade"):
-        job.summary["rm"] = _grade(job, features, train, heldout)
+        job.summary["rm"] = _grade(job, model, features, train, heldout)
 
 
 def _features(job: Job, model: rm.FrozenRewardModel, texts: list[str]) -> Tensor:
@@ -75,22 +76,24 @@ def _features(job: Job, model: rm.FrozenRewardModel, texts: list[str]) -> Tensor
     )
 
 
-def _grade(job: Job, features: Tensor | None, train: RatedTexts, heldout: RatedTexts) -> dict[str, Any]:
+def _grade(
+    job: Job, model: rm.RewardModel, features: Tensor | None, train: RatedTexts, heldout: RatedTexts
+) -> dict[str, Any]:
     """The reward model, and what it must be measured against, on the same held-out comparisons by people."""
     c, generator = job.config.reward_model, torch.Generator().manual_seed(job.config.seed + 1)
     pairs = comparisons.human_pairs(heldout, job.config.evaluate.human_pairs, generator)
     agreement = comparisons.rater_agreement(heldout, generator)
     out: dict[str, Any] = {"kind": c.body, "pairs": len(pairs)}
-    if isinstance(job.reward_model, rm.FrozenRewardModel):
-        heldout_features = _features(job, job.reward_model, heldout.texts)
-        scores = _raw_scores(job.reward_model, heldout_features)
+    if isinstance(model, rm.FrozenRewardModel):
+        heldout_features = _features(job, model, heldout.texts)
+        scores = _raw_scores(model, heldout_features)
         if features is not None:
             means = torch.tensor([sum(r) / len(r) for r in train.ratings])
             scalar = rt.train_on_ratings(job.base, features, means, config=c, seed=job.config.seed)
             out["scalar_rm_accuracy"] = evaluation.grade_pairs(_raw_scores(scalar, heldout_features), pairs).accuracy
     else:
         scores = rm.score_texts(
-            job.reward_model, heldout.texts, job.tokenizer, max_tokens=c.max_tokens, batch_size=c.feature_batch
+            model, heldout.texts, job.tokenizer, max_tokens=c.max_tokens, batch_size=c.feature_batch
         )
     grade = evaluation.grade_pairs(scores, pairs)
     baseline = evaluation.tfidf_ridge_scores(train, heldout.texts)

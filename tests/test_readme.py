@@ -1,0 +1,36 @@
+"""The README's example runs as printed, on a tiny model in place of the downloaded one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_engine import data, fetch, tiny
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.tiny_model_folder(tmp_path / "model", texts=data.planted(100, 0).texts)
+    monkeypatch.setattr(fetch, "fetch_model", lambda: folder)
+    code = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    lines = [line for line in code[1].splitlines() if line.strip()]
+    assert len(lines) <= 12
+    exec(compile(code[1].replace("train_layers=4", "train_layers=1"), "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) == 3
+
+
+def test_every_file_in_the_map_exists() -> None:
+    text = README.read_text(encoding="utf-8")
+    table = text[text.index("| file |") :]
+    for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
+        first: Path | None = None
+        for name in re.findall(r"`([^`]+)`", cell):
+            # In a cell, later names stand beside the first one.
+            path = README.parent / name if first is None or "/" in name else first.parent / name
+            path = path if path.exists() else README.parent / name
+            assert path.exists(), name
+            first = first or path
