@@ -29,7 +29,7 @@ class DataConfig:
 
     source: str = "film-reviews"
     train_texts: int = 3600
-    heldout_texts: int = 1200
+    heldout_texts: int = 1000
     prompt_texts: int = 2400
     prompt_words: int = 5
     prompts: str | None = None
@@ -183,7 +183,7 @@ class PPOConfig:
         missing_eos_penalty: subtracted from the score of responses that did not end by themselves.
     """
 
-    steps: int = 24
+    steps: int = 26
     batch_size: int = 64
     micro_batch_size: int = 32
     epochs: int = 2
@@ -197,7 +197,7 @@ class PPOConfig:
     train_head: bool = False
     critic: Literal["head", "layers"] = "head"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    lr: float = 1e-4
+    lr: float = 3e-4
     value_lr: float = 1e-3
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -218,7 +218,7 @@ class PPOConfig:
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum", "constant"] = (
         "token-mean"
     )
-    kl_coef: float = 0.05
+    kl_coef: float = 0.03
     kl_kind: Literal["k1", "abs", "k2", "k3"] = "k1"
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     kl_target: float = 6.0
@@ -241,7 +241,7 @@ class EvalConfig:
         judge: an independent scorer that training never sees: "vader", "none", or "module:function".
     """
 
-    samples: int = 256
+    samples: int = 200
     human_pairs: int = 5000
     judge: str = "vader"
 
