@@ -71,8 +71,12 @@ def train_sft(
 
 
 def _row(record: SFTRecord, tokenizer: Any, max_tokens: int) -> _Row:
+    eos = tokenizer.eos_token_id
     prefix = tokenizer(record.prefix)["input_ids"] if record.prefix else []
-    target = tokenizer(record.target, add_special_tokens=not prefix)["input_ids"] + [tokenizer.eos_token_id]
+    target = tokenizer(record.target, add_special_tokens=not prefix)["input_ids"]
+    # Some tokenizers close every text by themselves: the end belongs behind the target, once.
+    prefix, target = (ids[:-1] if ids[-1:] == [eos] else ids for ids in (prefix, target))
+    target = [*target, eos]
     ids = prefix + target
     tokens = torch.tensor(ids[:max_tokens], dtype=torch.int64)
     return _Row(tokens, torch.arange(len(tokens)) >= len(prefix), cut=len(ids) > max_tokens)

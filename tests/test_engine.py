@@ -195,20 +195,22 @@ def test_kl_fixed_point(attempt: int) -> None:
         # Anything that is no arm (the end token, the unknown token) is worth as little as the worst arm.
         return [float(rewards[ARMS.index(r)]) if r and r in ARMS else float(rewards.min()) for r in responses]
 
-    rewards = 2.0 * torch.randn(len(ARMS), generator=generator)
-    engine = PPOEngine(model, reward=reward, tokenizer=tokenizer, config=config, seed=seed)
-    prompt = tokenizer("a b", return_tensors="pt").input_ids
-
     def distribution(of: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
             return of(prompt).logits[0, -1].double().softmax(0)
 
-    per_token = torch.full((12,), float(rewards.min()), dtype=torch.float64)
-    per_token[1 : 1 + len(ARMS)] = rewards.double()
-    target = distribution(engine.reference) * torch.exp(per_token / b)
-    target /= target.sum()
-    start = float((distribution(engine.policy) - target).abs().sum() / 2)
-    assert start >= 0.3, f"seed {seed}: starts only {start:.2f} away, so arriving would prove nothing"
+    prompt = tokenizer("a b", return_tensors="pt").input_ids
+    raw = torch.randn(len(ARMS), generator=generator)
+    start, scale = 0.0, 0.25
+    while start < 0.35:  # as far away as asked for, and no further: rare arms only make it slow
+        scale *= 1.25
+        rewards = scale * raw
+        per_token = torch.full((12,), float(rewards.min()), dtype=torch.float64)
+        per_token[1 : 1 + len(ARMS)] = rewards.double()
+        target = distribution(model) * torch.exp(per_token / b)
+        target /= target.sum()
+        start = float((distribution(model) - target).abs().sum() / 2)
+    engine = PPOEngine(model, reward=reward, tokenizer=tokenizer, config=config, seed=seed)
     for _ in range(config.steps):
         engine.step(["a b"] * config.batch_size)
     end = float((distribution(engine.policy) - target).abs().sum() / 2)
