@@ -7,6 +7,7 @@ layers, the hidden states at the split are kept from decoding and reused by refe
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,9 @@ class PPOEngine:
                 policy, train_layers=c.train_layers, train_embeddings=c.train_embeddings, train_head=c.train_head
             )
             reference = models.copy_sharing_frozen(policy)
+            for term in self.rewards:  # trained on this very object, which is about to move: the copy stays as it was
+                if isinstance(term.source, FrozenRewardModel) and term.source.body is policy:
+                    term.source.__dict__["body"] = reference
         self.policy = policy.eval()  # eval: dropout would make old and new log-probs differ
         self.reference = reference.requires_grad_(False).eval()
         self.reference_checksum = models.checksum(self.reference)
@@ -90,11 +94,14 @@ class PPOEngine:
             raise ValueError("PPOEngine: the policy has no trainable parameter; raise ppo.train_layers")
         self.kl_controller = ppo.KLController.from_config(self.config)
         self.device = next(policy.parameters()).device
+        for term in self.rewards:
+            if isinstance(term.source, (FrozenRewardModel, ClassifierRewardModel)):
+                term.source.to(self.device).eval()
         self.sampling = torch.Generator(self.device).manual_seed(seed)
         self.shuffling = torch.Generator().manual_seed(seed)
         self.progress = progress or (lambda phase, done, total, unit: None)
         self.step_index = 0
-        self.first_ratio_deviation = 0.0  # largest over all steps, before each step's first optimiser step
+        self.first_ratio_deviation = math.nan  # largest of all steps so far, each before its first optimiser step
 
     def _split(self) -> int | None:
         """The first layer that is not shared with the reference; None where not even the embeddings are."""
@@ -155,7 +162,7 @@ class PPOEngine:
             states.append(captured)
             own = ref_hidden if self.critic.body is None else self._body(self.critic.body, batch, rows)[0]
             own = own[:, prompt_width - 1 : -1]
-            zeros["values"][rows] = torch.where(batch.response_mask[rows], self.critic(own), 0.0)
+            zeros["values"][rows] = self.critic(own)
             critic_hidden.append(own)
             self.progress("score", rows.stop, len(batch), "responses")
         hidden = {k: torch.cat([s[k] for s in states]) for k in states[0]}
@@ -167,7 +174,8 @@ class PPOEngine:
         )  # fmt: skip
         return Experience(
             rollout=batch, logprobs=zeros["logprobs"], ref_logprobs=zeros["ref"], entropy=zeros["entropy"],
-            values=zeros["values"], scores=scores, score_terms=terms, rewards=shaped.rewards, kl=shaped.kl,
+            values=torch.where(shaped.value_mask, zeros["values"], 0.0), scores=scores, score_terms=terms,
+            rewards=shaped.rewards, kl=shaped.kl,
             advantages=shaped.advantages, returns=shaped.returns, value_mask=shaped.value_mask,
             critic_hidden=torch.cat(critic_hidden) if self.critic.body is None else None,
         )  # fmt: skip
@@ -236,22 +244,24 @@ class PPOEngine:
         return self._head(model, self._body(model, batch, rows)[0], batch, rows)
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """All epochs of PPO on one scored rollout; returns the finalised metrics."""
+        """All epochs of PPO on one scored rollout, then one step of the schedules; returns the finalised metrics."""
         c = self.config
         parts: list[dict[str, Tensor]] = []
         warm_up = self.step_index < c.critic_warmup_steps
         factor = ppo.lr_factor(self.step_index, c)
         extra: dict[str, float] = {"skipped_steps": 0.0}
         norms: dict[str, list[float]] = {"policy/grad_norm": [], "value/grad_norm": []}
-        groups_done, groups_total = 0, c.epochs * c.minibatches
+        minibatches = min(c.minibatches, len(experience.rollout.micro_batches))  # a small rollout has fewer
+        groups_done, groups_total = 0, c.epochs * minibatches
         for _ in range(c.epochs):
             order = torch.randperm(len(experience.rollout.micro_batches), generator=self.shuffling).tolist()
-            for group in [order[i :: c.minibatches] for i in range(c.minibatches)]:
+            for group in [order[i::minibatches] for i in range(minibatches)]:
                 metrics = self._minibatch(experience, [experience.rollout.micro_batches[i] for i in group], warm_up)
                 if not parts and not warm_up:
                     extra["first_update_ratio_max_abs_dev"] = float(torch.expm1(metrics["log_ratio_max_abs"]))
+                    # In this order, because max(x, NaN) is x.
                     self.first_ratio_deviation = max(
-                        self.first_ratio_deviation, extra["first_update_ratio_max_abs_dev"]
+                        extra["first_update_ratio_max_abs_dev"], self.first_ratio_deviation
                     )
                 parts.append(metrics)
                 for key, optimiser in (("policy", self.policy_optimiser), ("value", self.value_optimiser)):
@@ -267,6 +277,9 @@ class PPOEngine:
             if key in final:
                 final[key] /= len(parts)
         final |= {k: sum(v) / len(v) for k, v in norms.items() if v}
+        self.step_index += 1
+        kl = experience_metrics(experience)["kl/token" if c.kl_unit == "token" else "kl/sequence"]
+        self.kl_controller.update(kl, len(experience.rollout))
         return final | extra | {"lr": c.lr * factor}
 
     def _minibatch(self, e: Experience, group: list[slice], warm_up: bool) -> dict[str, Tensor]:
@@ -313,13 +326,10 @@ class PPOEngine:
         metrics = experience_metrics(experience) | {"kl/coef": self.kl_controller.coef}
         metrics |= self.update(experience)
         clock.append(time.perf_counter())
-        per_token = self.config.kl_unit == "token"
-        self.kl_controller.update(metrics["kl/token" if per_token else "kl/sequence"], len(batch))
         seconds = dict(
             zip(("rollout", "score", "update"), (b - a for a, b in zip(clock, clock[1:], strict=False)), strict=True)
         )
         metrics["tokens_per_second"] = float(batch.response_mask.sum()) / (clock[-1] - clock[0])
-        self.step_index += 1
         return StepStats(self.step_index, metrics, seconds, batch.texts)
 
 

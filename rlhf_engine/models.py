@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 LanguageModel = Any  # a transformers model; its attributes depend on the family
@@ -118,9 +119,10 @@ def freeze(
     for layer in layers[: len(layers) - train_layers] if train_layers >= 0 else []:
         layer.requires_grad_(False)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    position_tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embeddings]
-    for module in [embeddings, *position_tables]:
-        module.requires_grad_(train_embeddings)
+    kept = {id(p) for p in layers.parameters()} | {id(p) for p in _after_layers(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:  # token and position tables, and norms that some families put behind them
+            parameter.requires_grad_(train_embeddings)
     if head is not None and head.weight is not embeddings.weight:
         head.requires_grad_(train_head)
     elif train_head:
@@ -272,13 +274,12 @@ def _skip_layers(model: LanguageModel, k: int, hidden: Tensor) -> Iterator[None]
     layers = decoder_layers(model)
     real = [layers[i] for i in range(k)]
     stand_ins = [_Skipped(layer, hidden) for layer in real]
-    handle = None
-    if k == 0:
 
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+    # Some families unpack a tuple from each layer; whatever that makes of a stand-in's output is replaced here.
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-        handle = layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+    handle = layers[k].register_forward_pre_hook(enter, with_kwargs=True)
     for i, stand_in in enumerate(stand_ins):
         layers[i] = stand_in
     try:
@@ -286,8 +287,7 @@ def _skip_layers(model: LanguageModel, k: int, hidden: Tensor) -> Iterator[None]
     finally:
         for i, layer in enumerate(real):
             layers[i] = layer
-        if handle is not None:
-            handle.remove()
+        handle.remove()
 
 
 def checksum(model: nn.Module) -> str:
@@ -318,13 +318,21 @@ class Critic(nn.Module):
 
 
 def save_critic(critic: Critic, reference: LanguageModel, folder: str | Path) -> None:
-    """Writes what `AutoModelForTokenClassification.from_pretrained(folder)` reads: one value per token."""
+    """Writes what `AutoModelForTokenClassification.from_pretrained(folder)` reads: one value per token.
+
+    Where transformers has no such class for the family, the head alone as value_head.safetensors.
+    """
     import transformers
 
     body = critic.body if critic.body is not None else reference
     config = copy.deepcopy(body.config)
     config.num_labels = 1
     config.architectures = None
+    if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        state = {f"score.{name}": value.contiguous() for name, value in critic.score.state_dict().items()}
+        save_file(state, Path(folder) / "value_head.safetensors")  # transformers has no such class for this family
+        return
     model = transformers.AutoModelForTokenClassification.from_config(config, dtype=next(body.parameters()).dtype)
     model.base_model.load_state_dict(body.base_model.state_dict())
     head = scalar_head(model)

@@ -100,7 +100,9 @@ class ClassifierRewardModel(nn.Module):
 
     def raw_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(B, S) -> (B,) unnormalised scores, with gradient."""
-        if hasattr(self.body.config, "is_encoder_decoder") and not _is_decoder(self.body):
+        if (
+            getattr(self.body, "score", None) is not self.head
+        ):  # encoders pool in their own way, by a head of another name
             return self.body(input_ids=tokens, attention_mask=mask.long()).logits[:, 0].float()
         states, _ = models.run_body(self.body, tokens, mask)
         last = (torch.arange(mask.shape[1], device=mask.device) * mask).amax(1)
@@ -119,14 +121,6 @@ class ClassifierRewardModel(nn.Module):
 
 
 RewardModel = FrozenRewardModel | ClassifierRewardModel
-
-
-def _is_decoder(classifier: LanguageModel) -> bool:
-    """Encoders (BERT-like) pool by themselves, at their own special token; decoders are read at the last token."""
-    name = type(classifier).__name__
-    import transformers
-
-    return type(classifier.config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and "Bert" not in name
 
 
 def new_classifier(body: LanguageModel, *, scratch: bool, train_layers: int, seed: int) -> ClassifierRewardModel:

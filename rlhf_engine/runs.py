@@ -38,10 +38,22 @@ def create(config: RunConfig) -> Path:
         raise ValueError(f"output: {folder} is not empty; use --overwrite true, or another --output")
     if present and not present & {"config.yaml", "summary.json"}:
         raise ValueError(f"output: {folder} holds files that are not a run's; name another folder")
+    _keep_inputs(config, folder)
     for name in present & {*PARTS, *FILES}:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return open_or_create(config)
+
+
+def _keep_inputs(config: RunConfig, folder: Path) -> None:
+    """A run must not start by deleting what it is about to read."""
+    inputs = [config.model, config.tokenizer, config.reward_model.body, config.sft.data, config.data.prompts]
+    inputs += [config.data.source, *(source.source for source in config.reward)]
+    for name in inputs:
+        if name and Path(name).exists() and folder.resolve() in Path(name).resolve().parents:
+            raise ValueError(
+                f"output: overwriting {folder} would delete {name}, which this run reads; name another folder"
+            )
 
 
 def open_or_create(config: RunConfig) -> Path:

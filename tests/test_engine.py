@@ -12,6 +12,7 @@ from transformers import AutoModelForTokenClassification
 from rlhf_engine import models
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.engine import PPOEngine, RewardTerm, experience_metrics
+from rlhf_engine.reward_model import FrozenRewardModel
 
 
 def count_a(prompts: list[str], responses: list[str]) -> list[float]:
@@ -50,6 +51,7 @@ def test_old_logprobs_come_from_score_not_from_the_update() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_trunk_states_equal_a_full_forward(family: str) -> None:
     engine = make_engine(tiny_lm(family))
+    torch.nn.init.normal_(engine.critic.score.weight)
     batch = engine.rollout(PROMPTS)
     kept = engine.score(batch)
     batch.hidden = {}
@@ -161,6 +163,65 @@ def test_critic_folder_is_read_by_transformers(tmp_path: object) -> None:
             ]
         want = out[:, batch.prompts.input_ids.shape[1] - 1 : -1]
         torch.testing.assert_close(values, torch.where(batch.response_mask, want, 0.0), atol=1e-5, rtol=1e-4)
+
+
+def test_three_calls_are_one_step() -> None:
+    """Schedules and the KL controller move in `update`, so a loop written by hand trains like `step`."""
+    options = {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 100.0}
+    one, three = make_engine(tiny_lm(), **options), make_engine(tiny_lm(), **options)
+    for _ in range(3):
+        one.step(PROMPTS)
+        three.update(three.score(three.rollout(PROMPTS)))
+    assert models.checksum(one.policy) == models.checksum(three.policy)
+    assert one.kl_controller == three.kl_controller and one.step_index == three.step_index == 3
+
+
+def test_a_rollout_with_fewer_micro_batches_than_minibatches() -> None:
+    engine = make_engine(tiny_lm(), minibatches=3)
+    assert engine.step(["a b", "c"]).metrics["first_update_ratio_max_abs_dev"] == 0.0
+
+
+def test_score_after_the_response_uses_the_critic_there() -> None:
+    """lam 0, gamma 1, no KL: A_last = V(after) - V(last), and the slot's own return is the score."""
+    engine = make_engine(tiny_lm(), score_at="after", kl_coef=0.0, lam=0.0, whiten_advantages=False)
+    torch.nn.init.normal_(engine.critic.score.weight)
+    e = engine.score(engine.rollout(PROMPTS))
+    lengths, width = e.rollout.response_mask.sum(1), e.rollout.response_mask.shape[1]
+    rows = [i for i in range(len(PROMPTS)) if lengths[i] < width]
+    assert rows, "no response ended early: nothing was tested"
+    for i in rows:
+        last = int(lengths[i]) - 1
+        assert e.value_mask[i, last + 1] and not e.rollout.response_mask[i, last + 1]
+        torch.testing.assert_close(e.advantages[i, last], e.values[i, last + 1] - e.values[i, last])
+        torch.testing.assert_close(e.returns[i, last + 1], e.scores[i])
+    engine.update(e)
+
+
+def test_a_reward_model_on_the_policy_keeps_reading_the_untrained_model() -> None:
+    model = tiny_lm()
+    reward_model = FrozenRewardModel(model, [1, 3], hidden_units=4)
+    engine = make_engine(model, reward=reward_model, train_layers=-1)
+    tokens = torch.arange(1, 9).view(2, 4)
+    before = reward_model.score(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    engine.step(PROMPTS)
+    assert models.checksum(engine.policy) != engine.reference_checksum
+    assert torch.equal(reward_model.score(tokens, torch.ones_like(tokens, dtype=torch.bool)), before)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"aggregation": "seq-mean-token-mean", "dual_clip": 3.0},
+        {"aggregation": "constant", "kl_loss_coef": 0.1, "kl_loss_kind": "k3+"},
+        {"kl_unit": "token", "kl_controller": "adaptive", "entropy_coef": 0.01},
+        {"critic_warmup_steps": 1, "train_head": True},
+    ],
+)
+def test_options_run_and_stay_exact(overrides: dict[str, object]) -> None:
+    engine = make_engine(tiny_lm("qwen2"), minibatches=2, epochs=2, **overrides)
+    for _ in range(2):
+        engine.step(PROMPTS)
+    assert engine.first_ratio_deviation == 0.0 and models.checksum(engine.reference) == engine.reference_checksum
 
 
 def test_adaptive_kl_coefficient_follows_its_rule() -> None:

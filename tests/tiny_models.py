@@ -1,4 +1,4 @@
-"""Random three-layer models of five families and a tokenizer of twelve words, for tests of everything above the ops."""
+"""Random three-layer models of six families and a tokenizer of twelve words, for tests of everything above the ops."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -34,6 +35,7 @@ FAMILIES = {
     "gpt2": lambda: GPT2Config(
         n_embd=32, n_layer=3, n_head=2, vocab_size=12, n_positions=64, eos_token_id=0, bos_token_id=0
     ),
+    "bloom": lambda: BloomConfig(hidden_size=32, n_layer=3, n_head=2, vocab_size=12, eos_token_id=0, bos_token_id=0),
     "gpt_neox": lambda: GPTNeoXConfig(**SMALL, max_position_embeddings=64, eos_token_id=0, bos_token_id=0),
 }
 

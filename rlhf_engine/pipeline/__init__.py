@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_engine.config import RunConfig
 from rlhf_engine.metrics import RunLog
 from rlhf_engine.pipeline.generating import generate as generate
-from rlhf_engine.pipeline.job import finish, load, load_data, model_folder, rated, start
+from rlhf_engine.pipeline.job import finish, load, load_data, load_tuned, model_folder, rated, start
 from rlhf_engine.pipeline.reinforcing import ppo_stage, sft_stage
 from rlhf_engine.pipeline.rewarding import compare, rank_stage, reward_stage
 
@@ -47,12 +47,12 @@ def rank(config: RunConfig, log: RunLog) -> dict[str, Any]:
 
 def reward(config: RunConfig, log: RunLog) -> dict[str, Any]:
     """The reward model alone; leaves reward_model/."""
-    return _stages(config, log, load, compare, reward_stage)
+    return _stages(config, log, load_tuned, compare, reward_stage)
 
 
 def ppo(config: RunConfig, log: RunLog) -> dict[str, Any]:
     """PPO alone, with the reward model that an earlier stage left in the run folder where the config names it."""
-    return _stages(config, log, load, ppo_stage)
+    return _stages(config, log, load_tuned, ppo_stage)
 
 
 def _stages(config: RunConfig, log: RunLog, *stages: Any) -> dict[str, Any]:

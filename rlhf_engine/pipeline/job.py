@@ -50,6 +50,7 @@ def start(config: RunConfig, log: RunLog, *, fresh: bool) -> Job:
     machine = runs.describe_machine(device)
     runs.write_environment(folder, machine)
     job.summary |= {"status": "running", "model": config.model, "machine": machine}
+    runs.write_summary(folder, job.summary)
     log.say(
         f"run folder {folder}; {machine['threads']} threads, {machine['matmul_gflops_float32']:.0f} GFLOP/s in float32"
     )
@@ -57,7 +58,8 @@ def start(config: RunConfig, log: RunLog, *, fresh: bool) -> Job:
 
 
 def finish(job: Job) -> dict[str, Any]:
-    seconds = {**job.summary.get("seconds", {}), **job.log.seconds}
+    before = {k: v for k, v in job.summary.get("seconds", {}).items() if k != "report"}
+    seconds = {**before, **job.log.seconds}
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
     job.summary |= {"status": "complete", "seconds": seconds, "peak_memory_gb": round(runs.peak_memory_gb(), 2)}
     runs.write_summary(job.folder, job.summary)
@@ -105,10 +107,19 @@ def load_data(job: Job) -> None:
         job.log.say(f"{train} texts to train on, {heldout} held out, {prompts} for prompts; no block is in two parts")
 
 
-def load(job: Job) -> None:
+def load_tuned(job: Job) -> None:
+    """As load, but with the model that an earlier `rlhf sft` left in the run folder, where there is one."""
+    tuned = job.folder / "sft"
+    load(job, str(tuned) if (tuned / "config.json").is_file() else None)
+
+
+def load(job: Job, folder: str | None = None) -> None:
+    """Data, model and tokenizer; the config's model unless a folder is named."""
     load_data(job)
     with job.log.stage("model"):
-        job.model_folder = model_folder(job.config, job.log)
+        if folder is not None:
+            job.log.say(f"continuing from {folder}")
+        job.model_folder = folder or model_folder(job.config, job.log)
         job.tokenizer = models.load_tokenizer(job.config.tokenizer or _tokenizer_of(job.model_folder))
         dtype = getattr(torch, job.config.ppo.dtype)
         job.base = models.load_causal_lm(job.model_folder, dtype=dtype, seed=job.config.seed).to(job.device)

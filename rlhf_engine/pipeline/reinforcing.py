@@ -27,7 +27,7 @@ class Contender:
     step: int
     rollout: Rollout
     scores: Tensor  # (n,) weighted reward, in the reference's standard deviations
-    kl: float  # nats per response, of the training step it was taken at
+    kl: float  # nats per response, on these answers
 
 
 def sft_stage(job: Job) -> None:
@@ -74,6 +74,7 @@ def _reward_source(job: Job, source: RewardSource) -> Any:
     if ":" in source.source and not Path(source.source).exists():
         return evaluation.load_function(source.source, f"reward {source.name}")
     if source.source != "reward_model":
+        _same_words(job, source.source)
         return rm.load_reward_model(source.source, body=job.base).to(job.device)
     if job.reward_model is None:
         folder = job.folder / "reward_model"
@@ -83,10 +84,22 @@ def _reward_source(job: Job, source: RewardSource) -> Any:
     return job.reward_model.to(job.device)
 
 
+def _same_words(job: Job, folder: str) -> None:
+    """Token ids go to the reward model as they are, so they must mean the same words there."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        return
+    if models.load_tokenizer(folder).get_vocab() != job.tokenizer.get_vocab():
+        raise ValueError(
+            f"reward: {folder} has another tokenizer than the policy; wrap it in a function reward(prompts, responses)"
+        )
+
+
 def ppo_stage(job: Job) -> None:
     """Trains, samples the contenders on the way, saves, and lets them play each other."""
     prompts = heldout_prompts(job)
     engine = _engine(job)
+    for name in ("metrics.jsonl", "samples.jsonl"):  # of an earlier PPO in this folder, which this one replaces
+        (job.folder / name).unlink(missing_ok=True)
     judge = evaluation.load_judge(job.config.evaluate.judge)
     with job.log.stage("sample before"):
         before = engine.rollout(prompts, generator=evaluation_seed(job))
@@ -109,6 +122,7 @@ def ppo_stage(job: Job) -> None:
             )
         )
         _record(job, engine, contenders, judge, measured)
+        runs.write_summary(job.folder, job.summary)  # now, so that no trouble in saving can take the figures along
     with job.log.stage("save"):
         _save(job, engine)
 
@@ -153,7 +167,9 @@ def _train(job: Job, engine: PPOEngine, prompts: list[str], judge: evaluation.Ju
         job.log.say(_step_line(step, c.steps, values))
         if step in stops:
             batch = engine.rollout(prompts, generator=evaluation_seed(job))
-            found.append(Contender(f"ppo-{step}", step, batch, _scores(engine, batch), values["kl/sequence"]))
+            experience = engine.score(batch)
+            kl = experience_metrics(experience)["kl/sequence"]
+            found.append(Contender(f"ppo-{step}", step, batch, experience.scores.cpu(), kl))
     return found
 
 

@@ -65,7 +65,16 @@ def reward_stage(job: Job) -> None:
     model.save(job.folder / "reward_model")
     job.tokenizer.save_pretrained(job.folder / "reward_model")
     with job.log.stage("grade"):
-        job.summary["rm"] = _grade(job, model, features, train, heldout)
+        grade = job.summary["rm"] = _grade(job, model, features, train, heldout)
+    facts = [
+        f"Body: {job.config.model} ({c.body}). Data: {job.config.data.source}, {len(train)} texts.",
+        "",
+        f"Predicts {grade['human_pair_accuracy']:.1%} of {grade['pairs']} held-out human choices, calibration error "
+        f"{grade['calibration_ece']:.3f}.",
+        "",
+        "    rlhf_engine.reward_model.load_reward_model(folder, body=model)",
+    ]
+    runs.write_card(job.folder / "reward_model", "Reward model", facts)
 
 
 def _features(job: Job, model: rm.FrozenRewardModel, texts: list[str]) -> Tensor:
