@@ -272,7 +272,11 @@ def _nll(k: Contender) -> float:
 def _elo(job: Job, scores: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Every model against every other on every prompt; intervals by resampling matches."""
     fitted = ranking.fit(
-        evaluation.head_to_head(scores), l2=0.01, interval="bootstrap", level=0.95, seed=job.config.seed
+        evaluation.head_to_head(scores),
+        l2=0.01,
+        interval="bootstrap",
+        level=job.config.rank.level,
+        seed=job.config.seed,
     )
     return ranking.table(fitted)
 
