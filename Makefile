@@ -48,15 +48,19 @@ ci-long: setup
 	$(MAKE) setup VENV=.venv-unlocked LOCK=$(VENV)/torch.txt
 	.venv-unlocked/bin/python -m pytest -q tests/test_layers.py tests/test_native.py tests/test_kernels.py
 
-# A new lock: everything at its newest in a clean environment, except torch and the triton it was tested with.
+# A new lock: everything at its newest in a clean environment, except torch and the triton it was tested with. Where the
+# newest needs Python 3.11, a second line holds what 3.10 gets; those lines are kept as they are.
 lock:
 	rm -rf .venv-lock
 	printf 'torch==2.13.0\ntriton==3.7.1\n' > .lock-base.txt
 	$(MAKE) setup VENV=.venv-lock LOCK=.lock-base.txt
-	mkdir -p constraints
-	(echo "# Written by 'make lock' with $$(.venv-lock/bin/python -V)"; .venv-lock/bin/python -m pip freeze --all --exclude-editable --exclude pip \
-		| sed -E 's/^(torch==[0-9.]+)\+.*/\1/') > constraints/cpu.txt
-	rm -rf .venv-lock .lock-base.txt
+	.venv-lock/bin/python -m pip freeze --all --exclude-editable --exclude pip | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > .lock-new.txt
+	(echo "# Written by 'make lock' with $$(.venv-lock/bin/python -V)"; awk -F== \
+		'NR == FNR { if (/python_version </) old[$$1] = $$0; next } \
+		$$1 in old { print $$0 "; python_version >= \"3.11\""; print old[$$1]; next } { print }' \
+		constraints/cpu.txt .lock-new.txt) > .lock.txt
+	mv .lock.txt constraints/cpu.txt
+	rm -rf .venv-lock .lock-base.txt .lock-new.txt
 
 clean:
 	rm -rf $(VENV) .venv-unlocked .venv-lock .lock-base.txt build dist *.egg-info rlhf_engine/_C.so rlhf_engine/_C.json

@@ -24,7 +24,8 @@ class DataConfig:
         heldout_texts: texts that only evaluation sees.
         prompt_texts: texts whose first words become prompts.
         prompt_words: words of a text that make a prompt.
-        prompts: a text file (one prompt a line) used instead of prompts cut from the source.
+        prompts: a text file (one prompt a line) used instead of prompts cut from the source; a fifth of them, at most
+            evaluate.samples, are only evaluated on.
     """
 
     source: str = "film-reviews"
@@ -86,11 +87,12 @@ class RewardModelConfig:
         body: "frozen" (pooled features of the frozen language model and a small head: nearly free next to a policy that
             shares the trunk), "finetuned" (a sequence classifier with one output), "scratch" (the same, from random
             weights), or a folder of any sequence classifier with one output, used as it is.
-        layers: (frozen) the inputs of these layers are pooled, by mean and at the last token.
+        layers: (frozen) the inputs of these layers are pooled, by mean and at the last token (null = those at .5, .6,
+            .7 and .8 of the depth).
         hidden_units: (frozen) width of the head.
-        epochs: passes over the comparisons.
-        batch_size: comparisons per optimiser step.
-        lr: peak learning rate of AdamW.
+        epochs: passes over the comparisons (null = 4 for frozen, 1 otherwise).
+        batch_size: comparisons per optimiser step (null = 4096 for frozen, 32 otherwise).
+        lr: peak learning rate of AdamW (null = 1e-3 for frozen, 2e-5 for finetuned, 3e-4 for scratch).
         weight_decay: AdamW's, on the head.
         dropout: (frozen) on the pooled features.
         margin: asks for score differences of margin * (rating difference), in score units; 0 is plain Bradley-Terry.
@@ -101,11 +103,11 @@ class RewardModelConfig:
     """
 
     body: str = "frozen"
-    layers: list[int] = field(default_factory=lambda: [15, 18, 21, 24])
+    layers: list[int] | None = None
     hidden_units: int = 64
-    epochs: int = 4
-    batch_size: int = 4096
-    lr: float = 1e-3
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
     weight_decay: float = 0.01
     dropout: float = 0.3
     margin: float = 0.0
@@ -113,6 +115,15 @@ class RewardModelConfig:
     train_layers: int = 6
     max_tokens: int = 128
     feature_batch: int = 32
+
+    def schedule(self) -> tuple[int, int, float]:
+        """Epochs, batch size and peak learning rate, with what suits the body where they are null."""
+        fitting = {"frozen": (4, 4096, 1e-3), "scratch": (1, 32, 3e-4)}.get(self.body, (1, 32, 2e-5))
+        epochs, batch_size, lr = (
+            usual if given is None else given
+            for given, usual in zip((self.epochs, self.batch_size, self.lr), fitting, strict=True)
+        )
+        return int(epochs), int(batch_size), float(lr)
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,8 @@ class PPOConfig:
         epochs: passes over each rollout.
         minibatches: optimiser steps per pass; each takes whole micro-batches.
         max_new_tokens: response length at most.
+        ignore_eos: the end-of-sequence token is never sampled and left out of the distribution everywhere, so every
+            response has max_new_tokens tokens: for continuing texts and for timing, not for models that must stop.
         temperature: of sampling; log-probs are those of the tempered distribution everywhere.
         top_k: sample among the k likeliest (0 = all). Anything but 0 makes sampler and trainer log-probs differ.
         top_p: sample inside the smallest set with this mass (1 = all). Likewise.
@@ -183,12 +196,13 @@ class PPOConfig:
         missing_eos_penalty: subtracted from the score of responses that did not end by themselves.
     """
 
-    steps: int = 26
+    steps: int = 18
     batch_size: int = 64
-    micro_batch_size: int = 32
-    epochs: int = 2
-    minibatches: int = 2
+    micro_batch_size: int = 16
+    epochs: int = 1
+    minibatches: int = 4
     max_new_tokens: int = 20
+    ignore_eos: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -197,7 +211,7 @@ class PPOConfig:
     train_head: bool = False
     critic: Literal["head", "layers"] = "head"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    lr: float = 3e-4
+    lr: float = 5e-4
     value_lr: float = 1e-3
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -218,7 +232,7 @@ class PPOConfig:
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum", "constant"] = (
         "token-mean"
     )
-    kl_coef: float = 0.03
+    kl_coef: float = 0.05
     kl_kind: Literal["k1", "abs", "k2", "k3"] = "k1"
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     kl_target: float = 6.0
@@ -264,7 +278,8 @@ class RunConfig:
         rank: comparisons and ranking.
         reward_model: training of the reward model.
         reward: weighted terms of the reward; each is logged.
-        ppo: reinforcement learning.
+        ppo: reinforcement learning. The demo continues texts to a fixed length; set ppo.ignore_eos to false for a model
+            that must learn to stop.
         evaluate: final comparison.
     """
 
@@ -280,7 +295,7 @@ class RunConfig:
     rank: RankConfig = field(default_factory=RankConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     reward: list[RewardSource] = field(default_factory=lambda: [RewardSource()])
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(ignore_eos=True))
     evaluate: EvalConfig = field(default_factory=EvalConfig)
 
 
@@ -325,12 +340,12 @@ PRESETS: dict[str, dict[str, object]] = {
         "data.prompt_texts": 120,
         "data.prompt_words": 3,
         "rank.comparisons": 4000,
-        "reward_model.layers": [0, 1],
         "reward_model.batch_size": 256,
+        "reward_model.train_layers": 1,
         "reward_model.epochs": 3,
         "ppo.steps": 3,
         "ppo.batch_size": 16,
-        "ppo.micro_batch_size": 8,
+        "ppo.micro_batch_size": 4,
         "ppo.max_new_tokens": 8,
         "ppo.train_layers": 1,
         "ppo.lr": 1e-3,
@@ -377,7 +392,7 @@ def _check_bounds(config: object, bounds: Bounds) -> None:
     for rule, (holds, keys) in bounds.items():
         for key in keys.split():
             value: Any = reduce(getattr, key.split("."), config)
-            if not (math.isfinite(value) and holds(value)):
+            if value is not None and not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"{key} {rule if math.isfinite(value) else 'must be a finite number'}, got {value}")
 
 
@@ -397,7 +412,7 @@ def validate(config: RunConfig) -> None:
     if p.dual_clip is not None and not p.dual_clip > 1:
         raise ValueError(f"ppo.dual_clip must be greater than 1, got {p.dual_clip} (null switches it off)")
     layers = config.reward_model.layers
-    if not layers or min(layers) < 0 or len(set(layers)) != len(layers):
+    if layers is not None and (not layers or min(layers) < 0 or len(set(layers)) != len(layers)):
         raise ValueError(f"reward_model.layers must name different layers, counted from 0, got {layers}")
     if not config.output.strip() or not config.model.strip():
         raise ValueError(f"{'model' if config.output.strip() else 'output'} is empty")
@@ -408,6 +423,8 @@ def validate(config: RunConfig) -> None:
             f"{p.micro_batch_size} gives only {groups}: a minibatch takes whole micro-batches, so lower "
             f"ppo.micro_batch_size to {max(1, p.batch_size // p.minibatches)}"
         )
+    if p.ignore_eos and p.missing_eos_penalty:
+        raise ValueError("ppo.missing_eos_penalty would hit every response, since ppo.ignore_eos lets none end")
     if not config.reward:
         raise ValueError("reward is empty: name at least one source, for example reward_model")
     names = [r.name for r in config.reward]

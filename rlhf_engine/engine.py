@@ -9,30 +9,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_engine import data, models, ops, ppo, rollout
+from rlhf_engine import data, models, ops, ppo, rewards, rollout
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.models import Critic, HiddenStates, LanguageModel
 from rlhf_engine.reward_model import ClassifierRewardModel, FrozenRewardModel, RewardModel
+from rlhf_engine.rewards import RewardFunction, RewardTerm
 from rlhf_engine.types import Experience, Prompts, Rollout, StepStats
 
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 Progress = Callable[[str, int, int, str], None]  # phase, done, total, unit
-
-
-@dataclass(slots=True)
-class RewardTerm:
-    """One weighted term of the reward: a reward model, or a function of (prompts, responses)."""
-
-    name: str
-    source: RewardModel | RewardFunction
-    weight: float = 1.0
 
 
 class PPOEngine:
@@ -130,44 +120,38 @@ class PPOEngine:
     def rollout(self, prompts: Prompts | list[str], *, generator: torch.Generator | None = None) -> Rollout:
         """Samples one response per prompt, with the engine's own generator unless given one, and cuts micro-batches."""
         c = self.config
-        capture = set() if self.split is None else {self.split, *self._reward_layers(below=self.split + 1)}
+        capture = set() if self.split is None else {self.split, *(i for i in self._reward_layers() if i <= self.split)}
         return rollout.sample(
             self.policy, self._prompts(prompts), tokenizer=self.tokenizer, max_new_tokens=c.max_new_tokens,
-            micro_batch_size=c.micro_batch_size, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+            micro_batch_size=c.micro_batch_size, ignore_eos=c.ignore_eos,
+            temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
             capture=capture, generator=generator or self.sampling,
             progress=lambda done, total: self.progress("generate", done, total, "tokens"),
         )  # fmt: skip
-
-    def _reward_layers(self, *, below: int = 10**9) -> set[int]:
-        """Hidden states of the reference that reward models on the same body read."""
-        shared = [
-            t.source
-            for t in self.rewards
-            if isinstance(t.source, FrozenRewardModel) and t.source.body is self.reference
-        ]
-        return {layer for source in shared for layer in source.layers if layer < below}
 
     @torch.no_grad()
     def score(self, batch: Rollout) -> Experience:
         """Log-probs of policy and reference, values, rewards, advantages; nothing is trained."""
         shape = batch.response_mask.shape
         zeros = {k: torch.zeros(shape, device=self.device) for k in ("logprobs", "ref", "entropy", "values")}
-        prompt_width = batch.tokens.shape[1] - shape[1]
         states: list[HiddenStates] = []
         critic_hidden = []
+        late = self._reward_layers() - set(batch.hidden)  # read by reward models, not kept by decoding
         for rows in batch.micro_batches:
-            zeros["logprobs"][rows], zeros["entropy"][rows] = self._logprobs(self.policy, batch, rows)
-            ref_hidden, captured = self._body(self.reference, batch, rows, capture=self._late_layers(batch))
-            zeros["ref"][rows], _ = self._head(self.reference, ref_hidden, batch, rows)
+            zeros["logprobs"][rows], zeros["entropy"][rows] = self._logprobs(
+                self.policy, batch, rows, self._body(self.policy, batch, rows)[0]
+            )
+            ref_hidden, captured = self._body(self.reference, batch, rows, capture=late)
+            zeros["ref"][rows], _ = self._logprobs(self.reference, batch, rows, ref_hidden)
             states.append(captured)
             own = ref_hidden if self.critic.body is None else self._body(self.critic.body, batch, rows)[0]
-            own = own[:, prompt_width - 1 : -1]
+            own = _before_responses(own, batch)
             zeros["values"][rows] = self.critic(own)
             critic_hidden.append(own)
             self.progress("score", rows.stop, len(batch), "responses")
         hidden = {k: torch.cat([s[k] for s in states]) for k in states[0]}
         terms = self.reward_terms(batch, hidden)
-        scores = self.weighted(terms)
+        scores = rewards.weighted(self.rewards, terms)
         shaped = ppo.shape_advantages(
             self.config, scores=scores, finished=batch.finished, logprobs=zeros["logprobs"], ref_logprobs=zeros["ref"],
             values=zeros["values"], mask=batch.response_mask, kl_coef=self.kl_controller.coef,
@@ -180,43 +164,12 @@ class PPOEngine:
             critic_hidden=torch.cat(critic_hidden) if self.critic.body is None else None,
         )  # fmt: skip
 
-    def _late_layers(self, batch: Rollout) -> set[int]:
-        """Layers that reward models read and that decoding did not keep."""
-        return self._reward_layers() - set(batch.hidden)
+    def _reward_layers(self) -> set[int]:
+        return rewards.layers_read(self.rewards, self.reference)
 
-    @torch.no_grad()
     def reward_terms(self, batch: Rollout, hidden: HiddenStates | None = None) -> dict[str, Tensor]:
         """name -> (B,) unweighted rewards of a rollout; `hidden` are reference states beyond those in the rollout."""
-        mask = self._text_mask(batch)
-        known = {**batch.hidden, **(hidden or {})}
-        terms = {}
-        for term in self.rewards:
-            if isinstance(term.source, (FrozenRewardModel, ClassifierRewardModel)):
-                ready = term.source.body is self.reference and set(term.source.layers) <= set(known)
-                value = term.source.score(batch.tokens, mask, known if ready and term.source.layers else None)
-            else:
-                value = torch.as_tensor(term.source(batch.prompts.texts, batch.texts), dtype=torch.float32)
-                if value.shape != (len(batch),):
-                    raise ValueError(
-                        f"reward {term.name}: returned {tuple(value.shape)} values for {len(batch)} responses, "
-                        "not one each"
-                    )
-            if not torch.isfinite(value).all():
-                raise ValueError(f"reward {term.name}: returned a value that is not finite")
-            terms[term.name] = value.float().to(self.device)
-        return terms
-
-    def weighted(self, terms: dict[str, Tensor]) -> Tensor:
-        """(B,) sum of the weighted rewards."""
-        return torch.stack([term.weight * terms[term.name] for term in self.rewards]).sum(0)
-
-    @staticmethod
-    def _text_mask(batch: Rollout) -> Tensor:
-        """(B, S) bool: prompt and response without a final eos, which texts that train reward models do not have."""
-        mask = batch.attention_mask.clone()
-        last = (torch.arange(mask.shape[1], device=mask.device) * mask).amax(1)
-        mask[torch.arange(len(batch), device=mask.device), last] &= ~batch.finished
-        return mask
+        return rewards.score(self.rewards, batch, self.reference, {**batch.hidden, **(hidden or {})})
 
     def _body(
         self, model: LanguageModel, batch: Rollout, rows: slice, capture: Iterable[int] = ()
@@ -231,17 +184,34 @@ class PPOEngine:
             model is self.policy or model is self.reference or models.shared_depth(model, self.reference) == self.split
         )
 
-    def _head(self, model: LanguageModel, hidden: Tensor, batch: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
+    def _head(self, model: LanguageModel, batch: Rollout, rows: slice) -> dict[str, Any]:
+        """Arguments of the head ops besides hidden states."""
         weight, bias = models.output_head(model)
+        if self.config.ignore_eos:  # a bias of -inf: as rollout does it
+            bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.clone()
+            bias[self.tokenizer.eos_token_id] = -torch.inf
         mask = batch.response_mask[rows]
-        width = batch.tokens.shape[1] - mask.shape[1]
-        return ops.linear_logprobs(
-            hidden[:, width - 1 : -1], weight, batch.tokens[rows, width:], bias=bias, mask=mask,
-            temperature=self.config.temperature, **models.head_options(model),
-        )  # fmt: skip
+        targets = batch.tokens[rows, batch.tokens.shape[1] - mask.shape[1] :]
+        options = models.head_options(model)
+        return {
+            "weight": weight, "targets": targets, "bias": bias, "mask": mask, "temperature": self.config.temperature,
+            **options,
+        }  # fmt: skip
 
-    def _logprobs(self, model: LanguageModel, batch: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
-        return self._head(model, self._body(model, batch, rows)[0], batch, rows)
+    def _logprobs(self, model: LanguageModel, batch: Rollout, rows: slice, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.linear_logprobs(_before_responses(hidden, batch), **self._head(model, batch, rows))
+
+    def _policy_loss(self, e: Experience, rows: slice, denom: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden, _ = self._body(self.policy, e.rollout, rows)
+        token_loss = ppo.token_loss(
+            self.config, old_logprobs=e.logprobs[rows], ref_logprobs=e.ref_logprobs[rows],
+            advantages=e.advantages[rows],
+        )  # fmt: skip
+        return ops.linear_policy_loss(
+            _before_responses(hidden, e.rollout), token_loss=token_loss, denom=denom,
+            weights=ppo.weights(self.config, e.rollout.response_mask[rows]),
+            **self._head(self.policy, e.rollout, rows),
+        )  # fmt: skip
 
     def update(self, experience: Experience) -> dict[str, float]:
         """All epochs of PPO on one scored rollout, then one step of the schedules; returns the finalised metrics."""
@@ -272,13 +242,13 @@ class PPOEngine:
                     extra["skipped_steps"] += not taken
                 groups_done += 1
                 self.progress("update", groups_done, groups_total, "minibatches")
-        final = {_metric_name(k): v for k, v in ops.finalize_metrics(ops.merge_metrics(parts)).items()}
+        final = {ppo.metric_name(k): v for k, v in ops.finalize_metrics(ops.merge_metrics(parts)).items()}
         for key in ("policy/loss", "value/loss"):
             if key in final:
                 final[key] /= len(parts)
         final |= {k: sum(v) / len(v) for k, v in norms.items() if v}
         self.step_index += 1
-        kl = experience_metrics(experience)["kl/token" if c.kl_unit == "token" else "kl/sequence"]
+        kl = ppo.experience_metrics(experience)["kl/token" if c.kl_unit == "token" else "kl/sequence"]
         self.kl_controller.update(kl, len(experience.rollout))
         return final | extra | {"lr": c.lr * factor}
 
@@ -288,33 +258,23 @@ class PPOEngine:
         mask = torch.cat([batch.response_mask[rows] for rows in group])
         value_mask = torch.cat([e.value_mask[rows] for rows in group])
         denom, value_denom = ops.token_denom(mask, c.aggregation), ops.token_denom(value_mask, "token-mean")
-        width = batch.tokens.shape[1] - mask.shape[1]
         parts = []
         for rows in group:
             if not warm_up:
-                logprobs, entropy = self._logprobs(self.policy, batch, rows)
-                loss, metrics = ppo.policy_loss(
-                    c, logprobs=logprobs, entropy=entropy, old_logprobs=e.logprobs[rows],
-                    ref_logprobs=e.ref_logprobs[rows], advantages=e.advantages[rows],
-                    mask=batch.response_mask[rows], denom=denom,
-                )  # fmt: skip
+                loss, metrics = self._policy_loss(e, rows, denom)
                 loss.backward()
                 parts += [metrics, {"policy_loss_total": loss.detach().double()}]
-            own = e.critic_hidden[rows] if e.critic_hidden is not None else self._critic_hidden(batch, rows, width)
+            own = e.critic_hidden[rows] if e.critic_hidden is not None else self._critic_hidden(batch, rows)
             loss, metrics = ops.value_loss(
-                self.critic(own),
-                e.values[rows],
-                e.returns[rows],
-                e.value_mask[rows],
-                clip=c.value_clip,
+                self.critic(own), e.values[rows], e.returns[rows], e.value_mask[rows], clip=c.value_clip,
                 denom=value_denom,
-            )
+            )  # fmt: skip
             loss.backward()
             parts += [metrics, {"value_loss_total": loss.detach().double()}]
         return ops.merge_metrics(parts)
 
-    def _critic_hidden(self, batch: Rollout, rows: slice, width: int) -> Tensor:
-        return self._body(self.critic.body, batch, rows)[0][:, width - 1 : -1]
+    def _critic_hidden(self, batch: Rollout, rows: slice) -> Tensor:
+        return _before_responses(self._body(self.critic.body, batch, rows)[0], batch)
 
     def step(self, prompts: Prompts | list[str]) -> StepStats:
         """One round of PPO on these prompts."""
@@ -323,7 +283,7 @@ class PPOEngine:
         clock.append(time.perf_counter())
         experience = self.score(batch)
         clock.append(time.perf_counter())
-        metrics = experience_metrics(experience) | {"kl/coef": self.kl_controller.coef}
+        metrics = ppo.experience_metrics(experience) | {"kl/coef": self.kl_controller.coef}
         metrics |= self.update(experience)
         clock.append(time.perf_counter())
         seconds = dict(
@@ -333,30 +293,6 @@ class PPOEngine:
         return StepStats(self.step_index, metrics, seconds, batch.texts)
 
 
-def _metric_name(name: str) -> str:
-    """Groups of the log: policy/..., value/..."""
-    if name.startswith(("value_", "return_", "explained_")):
-        return "value/" + name.removeprefix("value_").removesuffix("_total")
-    return "policy/" + name.removeprefix("policy_").removesuffix("_total")
-
-
-def experience_metrics(e: Experience) -> dict[str, float]:
-    """What a scored rollout says by itself, in nats, score units and tokens."""
-    mask, count = e.rollout.response_mask, e.rollout.response_mask.sum().clamp(min=1)
-    spread = torch.where(mask, (e.logprobs - e.rollout.sampler_logprobs).abs(), 0.0)
-    k1 = torch.where(mask, e.logprobs - e.ref_logprobs, 0.0)
-    out = {
-        "score/mean": e.scores.mean(),
-        "score/std": e.scores.std(correction=0),
-        **{f"score/{name}": value.mean() for name, value in e.score_terms.items()},
-        "kl/sequence": k1.sum(1).mean(),
-        "kl/token": k1.sum() / count,
-        "entropy": e.entropy.sum() / count,
-        "reward/mean": e.rewards.sum(1).mean(),
-        "reference/nll_per_token": -e.ref_logprobs.sum() / count,
-        "sampler/logprob_abs_diff_mean": spread.sum() / count,
-        "sampler/logprob_abs_diff_max": spread.max() if spread.numel() else spread.sum(),
-        "response/tokens_mean": mask.sum(1).float().mean(),
-        "response/finished_fraction": e.rollout.finished.float().mean(),
-    }
-    return {k: float(v) for k, v in out.items()}
+def _before_responses(hidden: Tensor, batch: Rollout) -> Tensor:
+    """(B, P + T, H) -> (B, T, H): the states that predict the response's tokens."""
+    return hidden[:, batch.prompts.input_ids.shape[1] - 1 : -1]

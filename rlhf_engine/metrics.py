@@ -142,6 +142,10 @@ class RunLog:
                 self._progressed = now
                 self._print(f"   {self._where(now, finished=True)}")
 
+    def elapsed(self) -> float:
+        """Seconds since this log began, stages or not."""
+        return time.monotonic() - self._started
+
     def say(self, text: str) -> None:
         self._print(text)
 

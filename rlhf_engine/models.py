@@ -290,12 +290,16 @@ def _skip_layers(model: LanguageModel, k: int, hidden: Tensor) -> Iterator[None]
         handle.remove()
 
 
-def checksum(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters: a reference must keep it for the whole run."""
+def checksum(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters: a reference must keep it for the whole run.
+
+    With `dtype` of the parameters rounded to it: bfloat16 tells whether two models are the same but for their dtype.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        values = parameter.detach().to(dtype or parameter.dtype).cpu().contiguous()
+        digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

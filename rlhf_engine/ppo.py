@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_engine import ops
 from rlhf_engine.config import PPOConfig
+from rlhf_engine.types import Experience
 
 
 @dataclass(slots=True)
@@ -65,23 +66,12 @@ def shape_advantages(
     )  # fmt: skip
 
 
-def policy_loss(
-    config: PPOConfig,
-    *,
-    logprobs: Tensor,
-    entropy: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    denom: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """ops.ppo_loss as the config asks for it; `denom` is the count of the whole minibatch."""
-    return ops.ppo_loss(
-        logprobs, old_logprobs, advantages, mask, clip_low=config.clip_low, clip_high=config.clip_high,
-        dual_clip=config.dual_clip, entropy=entropy, entropy_coef=config.entropy_coef,
-        ref_logprobs=ref_logprobs if config.kl_loss_coef else None, kl_coef=config.kl_loss_coef,
-        kl_kind=config.kl_loss_kind, weights=weights(config, mask), denom=denom,
+def token_loss(config: PPOConfig, *, old_logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor) -> ops.TokenLoss:
+    """ops.ppo_token_loss as the config asks for it, to plug into ops.linear_policy_loss."""
+    return ops.ppo_token_loss(
+        old_logprobs, advantages, clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
+        entropy_coef=config.entropy_coef, ref_logprobs=ref_logprobs if config.kl_loss_coef else None,
+        kl_coef=config.kl_loss_coef, kl_kind=config.kl_loss_kind,
     )  # fmt: skip
 
 
@@ -136,3 +126,32 @@ class MasterAdamW:
     def zero_grad(self) -> None:
         for tensor in [*self.parameters, *self.masters]:
             tensor.grad = None
+
+
+def metric_name(name: str) -> str:
+    """Groups of the log: policy/..., value/..."""
+    if name.startswith(("value_", "return_", "explained_")):
+        return "value/" + name.removeprefix("value_").removesuffix("_total")
+    return "policy/" + name.removeprefix("policy_").removesuffix("_total")
+
+
+def experience_metrics(e: Experience) -> dict[str, float]:
+    """What a scored rollout says by itself, in nats, score units and tokens."""
+    mask, count = e.rollout.response_mask, e.rollout.response_mask.sum().clamp(min=1)
+    spread = torch.where(mask, (e.logprobs - e.rollout.sampler_logprobs).abs(), 0.0)
+    k1 = torch.where(mask, e.logprobs - e.ref_logprobs, 0.0)
+    out = {
+        "score/mean": e.scores.mean(),
+        "score/std": e.scores.std(correction=0),
+        **{f"score/{name}": value.mean() for name, value in e.score_terms.items()},
+        "kl/sequence": k1.sum(1).mean(),
+        "kl/token": k1.sum() / count,
+        "entropy": e.entropy.sum() / count,
+        "reward/mean": e.rewards.sum(1).mean(),
+        "reference/nll_per_token": -e.ref_logprobs.sum() / count,
+        "sampler/logprob_abs_diff_mean": spread.sum() / count,
+        "sampler/logprob_abs_diff_max": spread.max() if spread.numel() else spread.sum(),
+        "response/tokens_mean": mask.sum(1).float().mean(),
+        "response/finished_fraction": e.rollout.finished.float().mean(),
+    }
+    return {k: float(v) for k, v in out.items()}

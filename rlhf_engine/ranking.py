@@ -6,7 +6,8 @@ Every item has a log-strength t. With d = t_i - t_j and L = log(exp(d/2) + exp(-
 
 which is Bradley & Terry (1952) for nu = 0 and Davidson (1970) otherwise. Strengths and log nu maximise the likelihood
 minus l2/2 * sum t^2, a concave function (Hunter 2004 says when the maximum exists); Elo = 1000 + 400/ln(10) * t.
-Matches count as independent of each other: where one rating decides many of them, the intervals are too narrow.
+Matches count as independent of each other: where one rating decides many of them, the intervals are too narrow, unless
+the bootstrap is told which matches belong together.
 
 Shapes: n items, M matches, P pairs of items that met.
 """
@@ -37,7 +38,8 @@ class _Pairs:
     lo: Tensor  # (P,) int64, lo < hi
     hi: Tensor  # (P,) int64
     counts: Tensor  # (P, 3) float64: lo won, tie, hi won
-    cell: Tensor  # (M,) int64 sorted: which of the 3P counts a match went to
+    cell: Tensor  # (M,) int64: which of the 3P counts a match went to
+    group: Tensor  # (M,) int64: what the bootstrap draws a match with; without groups, its place in sorted order
 
 
 @dataclass(slots=True)
@@ -56,6 +58,7 @@ def fit(
     interval: Literal["sandwich", "bootstrap", "none"] = "sandwich",
     level: float = 0.9,
     bootstrap_samples: int = 200,
+    groups: Tensor | None = None,
     seed: int = 0,
 ) -> Ranking:
     """Ranks items by maximum likelihood, or by online Elo updates in the order of the matches.
@@ -69,6 +72,7 @@ def fit(
             prior as one more observation per item: few games give an interval as wide as the prior says.
         level: coverage that the intervals aim at.
         bootstrap_samples: refits of the bootstrap.
+        groups: (M,) int64 >= 0, for the bootstrap: matches of one group (all that an answer played) are drawn together.
         seed: of the bootstrap.
 
     Raises:
@@ -81,7 +85,9 @@ def fit(
             ranking.warnings.append("online Elo gives no intervals; use method='bradley-terry' for them")
         return ranking
     _check_matches(comparisons)
-    pairs, ranking = _add_up(comparisons), _blank(comparisons, level)
+    if groups is not None:
+        _check_groups(groups, len(comparisons), interval)
+    pairs, ranking = _add_up(comparisons, groups), _blank(comparisons, level)
     davidson = ties == "davidson"
     if not pairs.counts[:, [0, 2]].any():
         ranking.tie = math.inf if davidson else 0.0
@@ -173,15 +179,28 @@ def _check_matches(comparisons: Comparisons) -> None:
         raise ValueError(f"ranking: outcomes must be 0, 0.5 or 1, got {float(outcome[~known][0])}; round them")
 
 
-def _add_up(comparisons: Comparisons) -> _Pairs:
+def _check_groups(groups: Tensor, matches: int, interval: str) -> None:
+    if interval != "bootstrap":
+        raise ValueError(f"ranking: groups need interval='bootstrap', got {interval!r}")
+    if groups.shape != (matches,) or groups.dtype != torch.int64 or int(groups.min()) < 0:
+        raise ValueError(
+            f"ranking: groups must be ({matches},) int64 and not negative, got {tuple(groups.shape)} {groups.dtype}"
+        )
+
+
+def _add_up(comparisons: Comparisons, groups: Tensor | None) -> _Pairs:
     n = len(comparisons.items)
     swap = comparisons.a > comparisons.b
     lo, hi = torch.minimum(comparisons.a, comparisons.b), torch.maximum(comparisons.a, comparisons.b)
     won = torch.where(swap, 1 - comparisons.outcome, comparisons.outcome)
     key, pair = torch.unique(lo * n + hi, return_inverse=True)
-    cell = (pair * 3 + (2 - 2 * won).round().long()).sort().values
+    cell = pair * 3 + (2 - 2 * won).round().long()
+    if groups is None:  # sorted, so that the same seed draws the same matches whatever their order
+        cell, groups = cell.sort().values, torch.arange(len(cell))
+    else:
+        groups = torch.unique(groups, return_inverse=True)[1]
     counts = torch.bincount(cell, minlength=3 * len(key)).double().view(-1, 3)
-    return _Pairs(key // n, key % n, counts, cell)
+    return _Pairs(key // n, key % n, counts, cell, groups)
 
 
 def _maximise(
@@ -309,13 +328,13 @@ def _matrix(pairs: _Pairs, entries: Tensor, n: int, with_nu: bool) -> Tensor:
 def _bootstrap(
     pairs: _Pairs, best: _Fit, l2: float, davidson: bool, level: float, samples: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Percentile intervals, (n,) low and high in Elo, of refits to resampled matches with a resampled prior mean."""
+    """Percentile intervals, (n,) low and high in Elo, of refits to resampled groups and a resampled prior mean."""
     generator = torch.Generator().manual_seed(seed)
-    n, matches = len(best.theta), len(pairs.cell)
+    n, groups = len(best.theta), int(pairs.group.max()) + 1
     refits = torch.zeros(samples, n, dtype=torch.float64)
     for row in refits:
-        drawn = pairs.cell[torch.randint(matches, (matches,), generator=generator)]
-        counts = torch.bincount(drawn, minlength=pairs.counts.numel()).double().view(-1, 3)
+        times = torch.bincount(torch.randint(groups, (groups,), generator=generator), minlength=groups).double()
+        counts = torch.bincount(pairs.cell, times[pairs.group], minlength=pairs.counts.numel()).view(-1, 3)
         centre = torch.randn(n, generator=generator, dtype=torch.float64) / math.sqrt(l2)
         if counts[:, [0, 2]].any():
             row += _maximise(pairs, counts, n, l2, davidson, centre, best.theta, tolerance=1e-3).theta

@@ -77,13 +77,13 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """sum(weights * token_loss(logprobs, entropy, rows)) / denom over the active rows; `head` as in linear_logprobs."""
     if rows is None:
-        rows = _active(targets, mask, ignore_index)
+        rows = active_rows(targets, mask, ignore_index)
     hidden_nH, targets_n = hidden.reshape(-1, hidden.shape[-1])[rows], targets.reshape(-1)[rows]
     logprobs_n, entropy_n = linear_logprobs(hidden_nH, weight, targets_n, ignore_index=ignore_index, **head)
-    return _reduce_loss(token_loss(logprobs_n, entropy_n, rows), rows, weights, denom)
+    return reduce_loss(token_loss(logprobs_n, entropy_n, rows), rows, weights, denom)
 
 
-def _active(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+def active_rows(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
     active = targets != ignore_index
     return (active if mask is None else active & mask).reshape(-1).nonzero().squeeze(1)
 
@@ -96,7 +96,7 @@ def _score_rows(
     def score(tile_RX: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
         return _logprob_and_entropy(head(tile_RX), targets_R)
 
-    rows = _active(targets, mask, ignore_index)
+    rows = active_rows(targets, mask, ignore_index)
     tail = -rows.numel() % ROW_TILE
     tiles = F.pad(rows_NX.index_select(0, rows), (0, 0, 0, tail)).split(ROW_TILE)
     targets_tiles = F.pad(targets.reshape(-1).index_select(0, rows).long(), (0, tail)).split(ROW_TILE)
@@ -362,7 +362,7 @@ def ppo_loss(
     rows = mask.reshape(-1).nonzero().squeeze(1)
     token_loss = ppo_token_loss(old_logprobs, advantages, **objective)
     entropy_n = None if entropy is None else entropy.reshape(-1)[rows]
-    return _reduce_loss(token_loss(logprobs.reshape(-1)[rows], entropy_n, rows), rows, weights, denom)
+    return reduce_loss(token_loss(logprobs.reshape(-1)[rows], entropy_n, rows), rows, weights, denom)
 
 
 def value_loss(
@@ -390,10 +390,10 @@ def value_loss(
         "value_error": error,
         "value_error_square": error.square(),
     }
-    return _reduce_loss((0.5 * torch.where(clipped, bounded, free), per_token), rows, weights, denom, "value_tokens")
+    return reduce_loss((0.5 * torch.where(clipped, bounded, free), per_token), rows, weights, denom, "value_tokens")
 
 
-def _reduce_loss(
+def reduce_loss(
     token_loss: Tensor | tuple[Tensor, dict[str, Tensor]],
     rows: Tensor,
     weights: Tensor | None,

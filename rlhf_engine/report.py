@@ -190,7 +190,8 @@ def headline(run: Run) -> str:
     if low and high and finite(high[0]) <= finite(low[1]) and finite(high[1]) >= finite(low[0]):
         return "PPO did not move the reward beyond chance."
     verb = "raised" if after > before else "lowered"
-    said = f"PPO {verb} the reward by {number(abs(after - before))} standard deviations"
+    unit = ppo.get("reward_unit", "reference standard deviations")
+    said = f"PPO {verb} the reward by {number(abs(after - before))} {unit}"
     judge_before, judge_after = before_after(run, "judge")
     if math.isnan(judge_after - judge_before):
         return f"{said}; no independent judge was asked."

@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_engine import models
+from rlhf_engine.byte_dropout import ByteDropout
 from rlhf_engine.models import HiddenStates, LanguageModel
 
+USUAL_DEPTHS = (0.5, 0.6, 0.7, 0.8)  # what a text is about is clearest past the middle, next tokens at the end
 FORMAT = "rlhf_engine.frozen_reward_model.1"
 Progress = Callable[[int, int], None]
 
@@ -34,9 +36,11 @@ class FrozenRewardModel(nn.Module):
     score_mean: Tensor  # ()
     score_std: Tensor  # ()
 
-    def __init__(self, body: LanguageModel, layers: list[int], hidden_units: int, dropout: float = 0.0) -> None:
+    def __init__(self, body: LanguageModel, layers: list[int] | None, hidden_units: int, dropout: float = 0.0) -> None:
         super().__init__()
         config = body.config.get_text_config()
+        if layers is None:
+            layers = sorted({round(share * config.num_hidden_layers) for share in USUAL_DEPTHS})
         if not layers or min(layers) < 0 or max(layers) > config.num_hidden_layers:
             raise ValueError(f"reward_model.layers must lie between 0 and {config.num_hidden_layers}, got {layers}")
         self.__dict__["body"] = body  # not a submodule: it is shared, frozen, and saved elsewhere
@@ -46,7 +50,7 @@ class FrozenRewardModel(nn.Module):
         first, last = nn.Linear(width, hidden_units), nn.Linear(hidden_units, 1)
         nn.init.normal_(last.weight, std=1 / math.sqrt(hidden_units + 1))
         nn.init.zeros_(last.bias)
-        self.head = nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), nn.Dropout(dropout), last)
+        self.head = nn.Sequential(ByteDropout(dropout), first, nn.GELU(), ByteDropout(dropout), last)
         for name in ("feature_mean", "feature_std"):
             self.register_buffer(name, torch.zeros(width) if name.endswith("mean") else torch.ones(width))
         self.register_buffer("score_mean", torch.zeros(()))
@@ -65,7 +69,11 @@ class FrozenRewardModel(nn.Module):
 
     def raw(self, features: Tensor) -> Tensor:
         """(B, D) pooled features -> (B,) unnormalised scores."""
-        return self.head((features - self.feature_mean) / self.feature_std)[:, 0]
+        return self.head(self.standardised(features))[:, 0]
+
+    def standardised(self, features: Tensor) -> Tensor:
+        """(B, D) pooled features on the scale of the texts that the head was trained on."""
+        return (features - self.feature_mean) / self.feature_std
 
     def score(self, tokens: Tensor, mask: Tensor, hidden: HiddenStates | None = None) -> Tensor:
         """(B, S) token ids and mask -> (B,) normalised scores; hidden states of `body` may be handed over."""
@@ -80,7 +88,7 @@ class FrozenRewardModel(nn.Module):
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "head.safetensors")
         about = {
             "format": FORMAT, "layers": self.layers, "hidden_units": self.hidden_units,
-            "body": self.body.config.name_or_path, "body_sha256": models.checksum(self.body),
+            "body": self.body.config.name_or_path, "body_sha256": models.checksum(self.body, torch.bfloat16),
         }  # fmt: skip
         (folder / "reward_model.json").write_text(json.dumps(about, indent=2) + "\n")
 
@@ -155,7 +163,7 @@ def load_reward_model(folder: str | Path, *, body: LanguageModel | None = None) 
     about = json.loads((folder / "reward_model.json").read_text())
     if about.get("format") != FORMAT:
         raise ValueError(f"{folder}/reward_model.json: unknown format {about.get('format')!r}, expected {FORMAT!r}")
-    if body is None or models.checksum(body) != about["body_sha256"]:
+    if body is None or models.checksum(body, torch.bfloat16) != about["body_sha256"]:
         raise ValueError(
             f"{folder}: this reward model reads hidden states of {about['body']} (sha256 {about['body_sha256'][:12]}), "
             f"but the model given has other weights; pass the model it was trained on"

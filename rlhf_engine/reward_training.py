@@ -76,10 +76,11 @@ def train_reward_model(
         model = rm.new_classifier(body, scratch=config.body == "scratch", train_layers=config.train_layers, seed=seed)
         rows = rm.tokenize(comparisons.items, tokenizer, config.max_tokens)
         device = next(body.parameters()).device
+        model.to(device)
 
         def score(index: Tensor) -> Tensor:
             tokens, mask = rm.pad([rows[i] for i in index.tolist()])
-            return model.to(device).raw_tokens(tokens.to(device), mask.to(device)).cpu()
+            return model.raw_tokens(tokens.to(device), mask.to(device)).cpu()
 
         fit_scores(model, score, comparisons, config, seed, progress)
         return model.eval()
@@ -92,8 +93,9 @@ def train_reward_model(
         rows = rm.tokenize(comparisons.items, tokenizer, config.max_tokens)
         features = rm.pooled_features(frozen, rows, config.feature_batch, quiet)
     standardise(frozen, features)
+    features = frozen.standardised(features)
     scale = _calibration_scale(frozen, features, comparisons, config, seed, progress)
-    fit_scores(frozen, lambda index: frozen.raw(features[index]), comparisons, config, seed, progress)
+    fit_scores(frozen, lambda index: frozen.head(features[index])[:, 0], comparisons, config, seed, progress)
     with torch.no_grad():
         for parameter in frozen.head[-1].parameters():
             parameter.mul_(scale)
@@ -109,15 +111,16 @@ def fit_scores(
     progress: Progress,
 ) -> None:
     """AdamW with linear decay on the pairwise loss; `score` maps item indices to raw scores, each once per batch."""
-    steps = config.epochs * -(-len(comparisons) // config.batch_size)
+    epochs, batch_size, lr = config.schedule()
+    steps = epochs * -(-len(comparisons) // batch_size)
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
     model.train()
     done = 0
-    for _ in range(config.epochs):
-        for batch in torch.randperm(len(comparisons), generator=generator).split(config.batch_size):
+    for _ in range(epochs):
+        for batch in torch.randperm(len(comparisons), generator=generator).split(batch_size):
             a, b = comparisons.a[batch], comparisons.b[batch]
             items, where = torch.unique(torch.cat([a, b]), return_inverse=True)
             scores = score(items)[where]
@@ -131,7 +134,7 @@ def fit_scores(
             optimiser.step()
             schedule.step()
             done += len(batch)
-            progress(done, config.epochs * len(comparisons))
+            progress(done, epochs * len(comparisons))
     model.eval()
 
 
@@ -162,9 +165,9 @@ def _calibration_scale(
     without = among_rows(comparisons, ~back[comparisons.a] & ~back[comparisons.b])
     trial = copy.deepcopy(model.head)
     fitted, model.head = model.head, trial
-    fit_scores(model, lambda index: model.raw(features[index]), without, config, seed, progress)
+    fit_scores(model, lambda index: trial(features[index])[:, 0], without, config, seed, progress)
     with torch.no_grad():
-        scores = model.raw(features).double()
+        scores = trial(features)[:, 0].double()
     model.head = fitted
     difference = scores[comparisons.a[graded]] - scores[comparisons.b[graded]]
     return best_scale(difference, comparisons.outcome[graded].double())
@@ -194,16 +197,18 @@ def train_on_ratings(
     torch.manual_seed(seed)
     model = rm.FrozenRewardModel(body, config.layers, config.hidden_units, config.dropout)
     standardise(model, features)
+    features = model.standardised(features)
     target = ((ratings - ratings.mean()) / ratings.std()).float()
     generator = torch.Generator().manual_seed(seed)
     batch_size = max(1, min(64, len(ratings) // 8))
     steps = 20 * -(-len(ratings) // batch_size)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    _, _, lr = config.schedule()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
     model.train()
     for _ in range(20):
         for batch in torch.randperm(len(ratings), generator=generator).split(batch_size):
-            loss = ((model.raw(features[batch]) - target[batch]) ** 2).mean()
+            loss = ((model.head(features[batch])[:, 0] - target[batch]) ** 2).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -11,6 +11,7 @@ import shutil
 import time
 from dataclasses import asdict
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def create(config: RunConfig) -> Path:
     if present and not present & {"config.yaml", "summary.json"}:
         raise ValueError(f"output: {folder} holds files that are not a run's; name another folder")
     _keep_inputs(config, folder)
-    for name in present & {*PARTS, *FILES}:
+    for name in present & {*PARTS, *FILES, *(p.name for p in folder.glob("config.*.yaml"))}:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return open_or_create(config)
@@ -57,14 +58,17 @@ def _keep_inputs(config: RunConfig, folder: Path) -> None:
 
 
 def open_or_create(config: RunConfig) -> Path:
-    """The folder for a single stage: what other stages left there is kept."""
+    """The folder for a single stage: what other stages left there is kept, their settings as config.1.yaml and on."""
     import yaml
 
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"output: no permission to write to {folder}")
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    path, text = folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False)
+    if path.is_file() and path.read_text() != text:  # an earlier stage ran with other settings
+        path.rename(next(p for i in count(1) if not (p := folder / f"config.{i}.yaml").exists()))
+    path.write_text(text)
     return folder
 
 

@@ -78,6 +78,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("run --ppo.lr .nan", ["ppo.lr must be a finite number"]),
     ("run --ppo.lr=-1", ["ppo.lr must not be negative"]),
     ("run --seed -1", ["seed must not be negative"]),
+    ("run --ppo.missing_eos_penalty 1", ["ppo.missing_eos_penalty would hit every response"]),
     ("run --ppo.train_layers -2", ["ppo.train_layers must be -1 (all) or more"]),
     ("run --ppo.minibatches 9", ["ppo.minibatches", "ppo.micro_batch_size"]),
     ("run --model=", ["model is empty"]),

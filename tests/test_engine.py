@@ -11,8 +11,10 @@ from transformers import AutoModelForTokenClassification
 
 from rlhf_engine import models
 from rlhf_engine.config import PPOConfig
-from rlhf_engine.engine import PPOEngine, RewardTerm, experience_metrics
+from rlhf_engine.engine import PPOEngine
+from rlhf_engine.ppo import experience_metrics
 from rlhf_engine.reward_model import FrozenRewardModel
+from rlhf_engine.rewards import RewardTerm
 
 
 def count_a(prompts: list[str], responses: list[str]) -> list[float]:
@@ -38,6 +40,19 @@ def test_first_ratio_is_exactly_one(family: str, dtype: torch.dtype) -> None:
         metrics = engine.step(PROMPTS).metrics
         assert metrics["first_update_ratio_max_abs_dev"] == 0.0
         assert metrics["policy/approx_kl_k1"] == 0.0 and metrics["policy/clip_fraction"] == 0.0
+
+
+def test_without_an_end_of_sequence_every_response_is_full_and_still_exact() -> None:
+    free = make_engine(tiny_lm(), micro_batch_size=6).rollout(PROMPTS)
+    assert free.finished.any()  # so there is something to ban
+    engine = make_engine(tiny_lm(), ignore_eos=True, entropy_coef=0.01)
+    batch = engine.rollout(PROMPTS)
+    assert batch.response_mask.all() and not batch.finished.any()
+    assert not (batch.tokens[:, batch.prompts.input_ids.shape[1] :] == engine.tokenizer.eos_token_id).any()
+    experience = engine.score(batch)
+    torch.testing.assert_close(experience.logprobs, batch.sampler_logprobs, atol=2e-5, rtol=1e-4)
+    metrics = engine.update(experience)
+    assert metrics["first_update_ratio_max_abs_dev"] == 0.0 and metrics["skipped_steps"] == 0
 
 
 def test_old_logprobs_come_from_score_not_from_the_update() -> None:

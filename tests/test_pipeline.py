@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from rlhf_engine import cli, report, runs
 from rlhf_engine import reward_model as rm
+from rlhf_engine.config import DataConfig, EvalConfig, RunConfig
+from rlhf_engine.pipeline.job import split_prompts
+from rlhf_engine.types import RatedTexts
 
 ROOT = Path(__file__).parents[1]
 FILES = {"config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "summary.json", "ranking.json", "report.html"}
@@ -61,7 +65,7 @@ def test_everything_is_there(finished: Path) -> None:
     assert FILES | FOLDERS <= present and "error.txt" not in present
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["model"] == "tiny" and config["ppo"]["steps"] == 3
-    assert "<svg" in (finished / "report.html").read_text() or "data:image" in (finished / "report.html").read_text()
+    assert "<svg" in (finished / "report.html").read_text()
     assert len(json.loads((finished / "ranking.json").read_text())) == 240
     for name in ("policy", "critic"):
         assert "PPO steps" in (finished / name / "README.md").read_text()
@@ -152,7 +156,31 @@ def test_stages_one_after_the_other_in_one_folder(
     assert {"rank", "rm", "ppo", "elo", "curve"} <= set(s) and set(s["elo"]) == {"reward_model"}
     assert [row["item"] for row in s["elo"]["reward_model"]] and s["ppo"]["steps"] == 1
     assert {p.name for p in folder.iterdir()} >= FILES | FOLDERS
-    assert {"rank", "reward_model", "ppo"} <= set(s["seconds"])
+    assert {"rank", "reward_model", "ppo", "other"} <= set(s["seconds"])
+    assert yaml.safe_load((folder / "config.yaml").read_text())["ppo"]["steps"] == 1
+    earlier = [yaml.safe_load(path.read_text())["ppo"]["steps"] for path in folder.glob("config.*.yaml")]
+    assert earlier and set(earlier) == {3}, "the settings of earlier stages are kept"
+
+
+def test_own_prompts_are_split_before_anything_is_trained(tmp_path: Path) -> None:
+    prompts = [f"{word} {noun}" for word in ("a", "the", "this") for noun in ("film", "story", "cast", "plot")]
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(prompts * 2) + "\n")
+    job = SimpleNamespace(config=RunConfig(data=DataConfig(prompts=str(path))))
+    train, held = split_prompts(job)
+    assert sorted(train + held) == sorted(prompts) and len(held) == 2
+    job.config = RunConfig(data=DataConfig(prompts=str(path)), evaluate=EvalConfig(samples=1))
+    assert len(split_prompts(job)[1]) == 1
+    path.write_text("one\none\n")
+    with pytest.raises(ValueError, match="needs two different prompts at least"):
+        split_prompts(job)
+
+
+def test_no_prompt_is_both_trained_and_evaluated_on(tmp_path: Path) -> None:
+    texts = [f"a film with a {word} ending" for word in ("good", "bad", "sad")]
+    part = RatedTexts([*texts, "one of the best this year by far"], [[1.0]] * 4, [0] * 4)
+    train, held = split_prompts(SimpleNamespace(config=RunConfig(), parts=(None, part.select([0, 1]), part)))
+    assert held == ["a film with a good", "a film with a bad"] and train == ["a film with a sad", "one of the best this"]
 
 
 def test_a_used_folder_is_refused_and_replaced_only_when_asked(

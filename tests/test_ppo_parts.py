@@ -156,13 +156,15 @@ def test_constant_aggregation_divides_by_the_longest_response_allowed() -> None:
     torch.testing.assert_close(weights, mask / 20.0)
 
 
-def test_policy_loss_by_hand() -> None:
+def test_token_loss_by_hand() -> None:
     # ratios 1.5 and 0.5, advantages 1 and -1: clipped at 1.2, and at 0.8
-    old = torch.zeros(1, 2)
-    new = torch.tensor([[math.log(1.5), math.log(0.5)]], requires_grad=True)
-    loss, metrics = ppo.policy_loss(
-        PPOConfig(), logprobs=new, entropy=torch.ones(1, 2), old_logprobs=old, ref_logprobs=old,
-        advantages=torch.tensor([[1.0, -1.0]]), mask=torch.ones(1, 2, dtype=torch.bool), denom=torch.tensor(2.0),
-    )  # fmt: skip
-    loss.backward()
-    assert loss.item() == pytest.approx((-1.2 + 0.8) / 2) and not new.grad.any() and metrics
+    old, rows = torch.zeros(1, 2), torch.arange(2)
+    new = torch.tensor([math.log(1.5), math.log(0.5)], requires_grad=True)
+    function = ppo.token_loss(PPOConfig(), old_logprobs=old, ref_logprobs=old, advantages=torch.tensor([[1.0, -1.0]]))
+    loss, metrics = function(new, torch.ones(2), rows)
+    loss.sum().backward()
+    torch.testing.assert_close(loss, torch.tensor([-1.2, 0.8]))
+    assert not new.grad.any() and metrics
+    config = PPOConfig(entropy_coef=0.5, kl_loss_coef=2.0, kl_loss_kind="k2")
+    function = ppo.token_loss(config, old_logprobs=old, ref_logprobs=old + 1, advantages=torch.zeros(1, 2))
+    torch.testing.assert_close(function(torch.zeros(2), torch.tensor([1.0, 3.0]), rows)[0], torch.tensor([0.5, -0.5]))

@@ -147,6 +147,25 @@ def test_sandwich_and_bootstrap_agree() -> None:
     assert not torch.equal(again.low, fit(played, l2=0.05, interval="bootstrap", bootstrap_samples=5, seed=5).low)
 
 
+def test_matches_of_a_group_are_drawn_together() -> None:
+    """Every match four times over says no more than once, if the bootstrap knows."""
+    generator = torch.Generator().manual_seed(3)
+    once = play(torch.randn(6, generator=generator, dtype=torch.float64), 600, generator, nu=0.4)
+    four = from_arrays(6, once.a.repeat(4), once.b.repeat(4), once.outcome.repeat(4))
+    options = {"l2": 1e-3, "interval": "bootstrap", "bootstrap_samples": 300}
+    told = fit(four, groups=10 * torch.arange(600).repeat(4), **options)
+    width, blind, honest = (float((r.high - r.low).mean()) for r in (told, fit(four, **options), fit(once, **options)))
+    assert width == pytest.approx(honest, rel=0.1) and width == pytest.approx(2 * blind, rel=0.15)
+    assert torch.equal(fit(once, groups=torch.arange(600), **options).elo, fit(once, **options).elo)
+    for groups, options_, words in (
+        (torch.arange(600), {}, "groups need interval='bootstrap'"),
+        (torch.arange(599), options, r"groups must be \(600,\) int64"),
+        (torch.arange(600) - 1, options, "not negative"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fit(once, groups=groups, **options_)
+
+
 def test_level_widens_and_none_gives_nan() -> None:
     played = matches(3, [(0, 1, 1.0), (1, 2, 1.0), (2, 0, 1.0), (0, 2, 1.0)] * 5)
     narrow, wide = fit(played, level=0.5), fit(played, level=0.99)

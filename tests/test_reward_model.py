@@ -135,6 +135,30 @@ def test_a_frozen_model_survives_its_folder_bit_by_bit(tmp_path: Path) -> None:
     assert not any("body" in name for name in model.state_dict()), "the body is saved elsewhere"
 
 
+def test_the_same_body_in_another_dtype_is_the_same_body(tmp_path: Path) -> None:
+    model = frozen_model()
+    model.save(tmp_path)
+    back = rm.load_reward_model(tmp_path, body=tiny_lm().to(torch.bfloat16))
+    with torch.no_grad():
+        torch.testing.assert_close(back.score(*batch()), model.score(*batch()), atol=0.1, rtol=0.1)
+
+
+def test_layers_follow_the_depth_unless_they_are_named() -> None:
+    def layers(depth: int) -> list[int]:
+        shape = LlamaConfig(vocab_size=12, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+        shape.num_hidden_layers = depth
+        return rm.FrozenRewardModel(AutoModelForCausalLM.from_config(shape), None, 4).layers
+
+    assert layers(30) == [15, 18, 21, 24] and layers(12) == [6, 7, 8, 10] and layers(2) == [1, 2] and layers(1) == [0, 1]
+
+
+def test_the_schedule_fits_the_body_unless_it_is_named() -> None:
+    assert RewardModelConfig().schedule() == (4, 4096, 1e-3)
+    assert RewardModelConfig(body="finetuned").schedule() == (1, 32, 2e-5)
+    assert RewardModelConfig(body="scratch", lr=0.0).schedule() == (1, 32, 0.0)
+    assert RewardModelConfig(epochs=7, batch_size=3).schedule() == (7, 3, 1e-3)
+
+
 def test_another_body_or_format_is_refused_in_words(tmp_path: Path) -> None:
     frozen_model().save(tmp_path)
     for body in (tiny_lm(seed=1), None):

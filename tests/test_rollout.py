@@ -189,3 +189,36 @@ def test_micro_batches_cover_every_row_once(rows: int, size: int) -> None:
     assert sum(covered, []) == list(range(rows)) and all(1 <= len(part) <= size for part in covered)
     batch = draw(tiny_lm(), ["a"] * rows, micro_batch_size=size, max_new_tokens=1)
     assert batch.micro_batches == rollout.cut(rows, size)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 1031])
+def test_choose_inverts_the_cumulative_sum(vocabulary: int) -> None:
+    g = torch.Generator().manual_seed(vocabulary)
+    p = torch.randn(3, vocabulary, generator=g).mul(3).softmax(1)
+    uniform = torch.rand(3, dtype=torch.float64, generator=g)
+    want = (p.double().cumsum(1) / p.double().sum(1, keepdim=True) > uniform[:, None]).int().argmax(1)
+    assert torch.equal(rollout.choose(p, uniform), want)
+
+
+def test_choose_draws_as_often_as_the_probabilities_say() -> None:
+    p = torch.randn(1, 700, generator=torch.Generator().manual_seed(0)).mul(2).softmax(1)
+    count = 200_000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count  # evenly spaced: no noise but the rounding
+    seen = torch.bincount(rollout.choose(p.expand(count, -1), uniform), minlength=700)
+    assert float((seen - count * p[0]).abs().max()) <= 1.01
+
+
+@pytest.mark.parametrize("extreme", [0.0, 2.0**-53, 1 - 2.0**-53])
+def test_choose_never_takes_what_has_no_probability(extreme: float) -> None:
+    for allowed in ([0], [513], [3, 300, 511], [999]):
+        p = torch.zeros(1, 1000)
+        p[0, allowed] = torch.rand(len(allowed), generator=torch.Generator().manual_seed(1)) / 3
+        assert int(rollout.choose(p, torch.tensor([extreme], dtype=torch.float64))) in allowed
+
+
+def test_logits_that_are_nan_stop_the_rollout() -> None:
+    model = tiny_lm()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = torch.nan
+    with pytest.raises(ValueError, match="logits hold NaN"):
+        draw(model)

@@ -9,10 +9,11 @@ from rlhf_engine.ops.aggregate import finalize_metrics, merge_metrics, token_den
 from rlhf_engine.ops.backends import available
 from rlhf_engine.ops.heads import linear_logprobs, linear_policy_loss, token_logprobs
 from rlhf_engine.ops.losses import ppo_loss, ppo_token_loss, value_loss
-from rlhf_engine.reference import ShapedAdvantages
+from rlhf_engine.reference import ShapedAdvantages, TokenLoss
 
 __all__ = [
     "ShapedAdvantages",
+    "TokenLoss",
     "available",
     "finalize_metrics",
     "gae",

@@ -30,6 +30,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
     )
 }
 _TABLE["linear_logprobs"]["cpu"] = tiled_head.linear_logprobs
+_TABLE["linear_policy_loss"]["cpu"] = tiled_head.linear_policy_loss
 
 
 def available(op: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Job:
     tokenizer: Any = None
     # These have no value before their stage ran.
     parts: tuple[RatedTexts, RatedTexts, RatedTexts] = field(init=False)  # train, held-out, prompts
+    prompts: tuple[list[str], list[str]] = field(init=False)  # to train on, to evaluate on
     matches: Comparisons = field(init=False)
     reward_model: rm.RewardModel | None = None
     pretrained_samples: Rollout | None = None  # only kept where SFT changes the base
@@ -58,12 +60,15 @@ def start(config: RunConfig, log: RunLog, *, fresh: bool) -> Job:
 
 
 def finish(job: Job) -> dict[str, Any]:
-    before = {k: v for k, v in job.summary.get("seconds", {}).items() if k != "report"}
+    started = time.perf_counter()
+    before = {k: v for k, v in job.summary.get("seconds", {}).items() if k not in ("report", "other")}
     seconds = {**before, **job.log.seconds}
+    # Imports, calibration, and whatever else lies between the stages.
+    outside = job.log.elapsed() - sum(job.log.seconds.values())
+    seconds["other"] = job.summary.get("seconds", {}).get("other", 0.0) + outside
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
     job.summary |= {"status": "complete", "seconds": seconds, "peak_memory_gb": round(runs.peak_memory_gb(), 2)}
     runs.write_summary(job.folder, job.summary)
-    started = time.perf_counter()
     path = report.write(job.folder)
     job.summary["seconds"]["report"] = time.perf_counter() - started
     job.summary["seconds"]["total"] += job.summary["seconds"]["report"]
@@ -97,11 +102,12 @@ def load_data(job: Job) -> None:
         everything = rated(job.config, job.log)
         sizes = (d.train_texts, d.heldout_texts, d.prompt_texts)
         job.parts = data.split_by_block(everything, sizes, job.config.seed, log=job.log.say)
+        job.prompts = split_prompts(job)
         train, heldout, prompts = (len(part) for part in job.parts)
         job.summary["data"] = {
             "source": d.source, "texts": len(everything), "train_texts": train, "heldout_texts": heldout,
             "prompt_texts": prompts,
-            "prompts": len(train_prompts(job)),
+            "prompts": len(job.prompts[0]), "heldout_prompts": len(job.prompts[1]),
             "duplicates_dropped": len(everything) - len(data.deduplicate(everything)),
         }  # fmt: skip
         job.log.say(f"{train} texts to train on, {heldout} held out, {prompts} for prompts; no block is in two parts")
@@ -138,9 +144,20 @@ def _tokenizer_of(model: str) -> str:
     return model
 
 
-def train_prompts(job: Job) -> list[str]:
-    d = job.config.data
-    return read_prompts(d.prompts) if d.prompts else data.prompt_texts(job.parts[2], d.prompt_words)
+def split_prompts(job: Job) -> tuple[list[str], list[str]]:
+    """Prompts to train on, and those that only evaluation sees; none is in both."""
+    d, most = job.config.data, job.config.evaluate.samples
+    if d.prompts:
+        lines = list(dict.fromkeys(read_prompts(d.prompts)))
+        if len(lines) < 2:
+            raise ValueError(f"prompts: {d.prompts} needs two different prompts at least, one of them to evaluate on")
+        Random(job.config.seed).shuffle(lines)
+        held_out = min(most, max(1, len(lines) // 5))
+        return lines[held_out:], lines[:held_out]
+    held = data.prompt_texts(job.parts[1], d.prompt_words)[:most]
+    if not held:
+        raise ValueError(f"data: no held-out text has more than {d.prompt_words} words to make a prompt from")
+    return [text for text in data.prompt_texts(job.parts[2], d.prompt_words) if text not in set(held)], held
 
 
 def read_prompts(path: str) -> list[str]:
@@ -151,12 +168,3 @@ def read_prompts(path: str) -> list[str]:
     if not any(lines):
         raise ValueError(f"prompts: {path} holds no prompt; write one per line")
     return [line for line in lines if line]
-
-
-def heldout_prompts(job: Job) -> list[str]:
-    found = data.prompt_texts(job.parts[1], job.config.data.prompt_words)[: job.config.evaluate.samples]
-    if not found:
-        raise ValueError(
-            f"data: no held-out text has more than {job.config.data.prompt_words} words to make a prompt from"
-        )
-    return found

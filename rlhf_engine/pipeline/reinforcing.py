@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_engine import data, evaluation, models, ranking, rollout, runs
+from rlhf_engine import data, evaluation, models, ppo, ranking, rewards, rollout, runs
 from rlhf_engine import reward_model as rm
 from rlhf_engine.config import RewardSource
-from rlhf_engine.engine import PPOEngine, RewardTerm, experience_metrics
+from rlhf_engine.engine import PPOEngine
 from rlhf_engine.models import LanguageModel
-from rlhf_engine.pipeline.job import Job, heldout_prompts, train_prompts
+from rlhf_engine.pipeline.job import Job
+from rlhf_engine.rewards import RewardTerm
 from rlhf_engine.sft import train_sft
 from rlhf_engine.types import Rollout
 
@@ -26,13 +27,13 @@ class Contender:
     name: str
     step: int
     rollout: Rollout
-    scores: Tensor  # (n,) weighted reward, in the reference's standard deviations
+    scores: Tensor  # (n,) weighted reward
     kl: float  # nats per response, on these answers
 
 
 def sft_stage(job: Job) -> None:
-    job.pretrained_samples = sample(job, job.base, heldout_prompts(job), "pretrained")
     with job.log.stage("sft"):
+        job.pretrained_samples = sample(job, job.base, job.prompts[1], "pretrained")
         assert job.config.sft.data is not None  # the callers look
         records = data.read_sft(job.config.sft.data)
         outcome = train_sft(
@@ -56,7 +57,8 @@ def sample(job: Job, model: LanguageModel, prompts: list[str], phase: str) -> Ro
     made.input_ids, made.attention_mask = made.input_ids.to(job.device), made.attention_mask.to(job.device)
     return rollout.sample(
         model, made, tokenizer=job.tokenizer, max_new_tokens=c.max_new_tokens, micro_batch_size=c.micro_batch_size,
-        temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, generator=evaluation_seed(job),
+        ignore_eos=c.ignore_eos, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+        generator=evaluation_seed(job),
         progress=lambda done, total: job.log.progress(phase, done, total),
     )  # fmt: skip
 
@@ -96,7 +98,7 @@ def _same_words(job: Job, folder: str) -> None:
 
 def ppo_stage(job: Job) -> None:
     """Trains, samples the contenders on the way, saves, and lets them play each other."""
-    prompts = heldout_prompts(job)
+    prompts = job.prompts[1]
     engine = _engine(job)
     for name in ("metrics.jsonl", "samples.jsonl"):  # of an earlier PPO in this folder, which this one replaces
         (job.folder / name).unlink(missing_ok=True)
@@ -115,7 +117,7 @@ def ppo_stage(job: Job) -> None:
     with job.log.stage("evaluate"):
         final = engine.rollout(prompts, generator=evaluation_seed(job))
         experience = engine.score(final)
-        measured = experience_metrics(experience)
+        measured = ppo.experience_metrics(experience)
         contenders.append(
             Contender(
                 f"ppo-{job.config.ppo.steps}", job.config.ppo.steps, final, experience.scores, measured["kl/sequence"]
@@ -148,14 +150,14 @@ def _normalise(job: Job, engine: PPOEngine, before: Rollout) -> None:
 
 
 def _scores(engine: PPOEngine, batch: Rollout) -> Tensor:
-    return engine.weighted(engine.reward_terms(batch)).cpu()
+    return rewards.weighted(engine.rewards, engine.reward_terms(batch)).cpu()
 
 
 def _train(job: Job, engine: PPOEngine, prompts: list[str], judge: evaluation.Judge | None) -> list[Contender]:
     """All steps; returns what the policy answered at one and two thirds of the way."""
     c, found = job.config.ppo, []
     stops = {max(1, c.steps // 3), max(1, 2 * c.steps // 3)} - {c.steps}
-    stream = data.prompt_batches(train_prompts(job), c.batch_size, job.config.seed)
+    stream = data.prompt_batches(job.prompts[0], c.batch_size, job.config.seed)
     for step in range(1, c.steps + 1):
         job.log.progress("ppo", step - 1, c.steps, "steps")
         ids, texts = zip(*next(stream), strict=True)
@@ -168,7 +170,7 @@ def _train(job: Job, engine: PPOEngine, prompts: list[str], judge: evaluation.Ju
         if step in stops:
             batch = engine.rollout(prompts, generator=evaluation_seed(job))
             experience = engine.score(batch)
-            kl = experience_metrics(experience)["kl/sequence"]
+            kl = ppo.experience_metrics(experience)["kl/sequence"]
             found.append(Contender(f"ppo-{step}", step, batch, experience.scores.cpu(), kl))
     return found
 
@@ -208,7 +210,7 @@ def _record(
         job.summary["elo"]["judge"] = _elo(job, judged)
     o = job.summary["ppo"]
     job.log.say(
-        f"reward {o['reward_before']:+.2f} -> {o['reward_after']:+.2f} standard deviations at {o['kl']:.1f} nats"
+        f"reward {o['reward_before']:+.2f} -> {o['reward_after']:+.2f} {o['reward_unit']} at {o['kl']:.1f} nats"
     )
     for name, rows in job.summary["elo"].items():
         shown = [[row["item"], f"{row['elo']:.0f}", f"{row['low']:.0f} to {row['high']:.0f}"] for row in rows]
@@ -241,6 +243,10 @@ def _outcome(
         "trained_parameters": sum(p.numel() for p in engine.policy_optimiser.parameters),
         "total_parameters": sum(p.numel() for p in engine.policy.parameters()),
         "kl": measured["kl/sequence"], "samples": len(after.rollout),
+        # Only the reward model of this run is normalised on the reference's samples.
+        "reward_unit": "reference standard deviations"
+        if [(term.source is job.reward_model, term.weight) for term in engine.rewards] == [(True, 1.0)]
+        else "reward units",
         "first_update_ratio_max_abs_dev": engine.first_ratio_deviation,
         "reference_unchanged": models.checksum(engine.reference) == engine.reference_checksum,
         "sampler_logprob_abs_diff_max": measured["sampler/logprob_abs_diff_max"],
@@ -270,14 +276,13 @@ def _nll(k: Contender) -> float:
 
 
 def _elo(job: Job, scores: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Every model against every other on every prompt; intervals by resampling matches."""
+    """Every model against every other on every prompt; intervals by resampling prompts, with all their matches."""
+    matches = evaluation.head_to_head(scores)
+    prompts = len(next(iter(scores.values())))
     fitted = ranking.fit(
-        evaluation.head_to_head(scores),
-        l2=0.01,
-        interval="bootstrap",
-        level=job.config.rank.level,
-        seed=job.config.seed,
-    )
+        matches, l2=0.01, interval="bootstrap", level=job.config.rank.level, seed=job.config.seed,
+        groups=torch.arange(prompts).repeat(len(matches) // prompts),
+    )  # fmt: skip
     return ranking.table(fitted)
 
 
@@ -291,7 +296,7 @@ def _save(job: Job, engine: PPOEngine) -> None:
         f"Base: {job.config.model}. Data: {job.config.data.source}. {o['steps']} PPO steps, {o['episodes']} episodes, "
         f"last {o['train_layers']} layers trained ({o['trained_parameters']:,} parameters).",
         "",
-        f"Reward on held-out prompts {o['reward_before']:+.2f} -> {o['reward_after']:+.2f} reference std, "
+        f"Reward on held-out prompts {o['reward_before']:+.2f} -> {o['reward_after']:+.2f} {o['reward_unit']}, "
         f"{o['kl']:.1f} nats from the reference, on {o['samples']} samples.",
         "",
     ]
