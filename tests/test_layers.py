@@ -20,7 +20,8 @@ LAYERS = [
     {"types", "config", "reference"},
     {"ops"},
     {"byte_dropout", "models", "rollout", "ppo", "data", "rated", "tiny", "fetch", "checkpoint", "metrics", "runs"},
-    {"engine", "reward_model", "rewards", "reward_training", "sft", "ranking", "comparisons", "evaluation", "plots", "report"},
+    {"engine", "reward_model", "rewards", "reward_training", "sft", "ranking", "comparisons", "evaluation"},
+    {"plots", "report"},
     {"__main__", "cli", "pipeline", "integrations"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

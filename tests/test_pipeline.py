@@ -180,7 +180,8 @@ def test_no_prompt_is_both_trained_and_evaluated_on(tmp_path: Path) -> None:
     texts = [f"a film with a {word} ending" for word in ("good", "bad", "sad")]
     part = RatedTexts([*texts, "one of the best this year by far"], [[1.0]] * 4, [0] * 4)
     train, held = split_prompts(SimpleNamespace(config=RunConfig(), parts=(None, part.select([0, 1]), part)))
-    assert held == ["a film with a good", "a film with a bad"] and train == ["a film with a sad", "one of the best this"]
+    assert held == ["a film with a good", "a film with a bad"]
+    assert train == ["a film with a sad", "one of the best this"]
 
 
 def test_a_used_folder_is_refused_and_replaced_only_when_asked(
