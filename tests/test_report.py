@@ -187,7 +187,7 @@ FIGURES = [
 def test_whole_run(whole_page: str) -> None:
     text = whole_page
     assert re.findall(r'<svg[^>]*aria-label="([^"]*)"', text) == [*FIGURES[:10], FIGURES[12], *FIGURES[10:12]]
-    assert "PPO raised the reward by 2.00 standard deviations, and an independent judge agrees." in text
+    assert "PPO raised the reward by 2.00 reference standard deviations, and an independent judge agrees." in text
     for value in ("0.00 → 2.00", "0.18 → 0.70", "80.1%", "baseline 75.5%, ceiling 88.9%", "+195", "intervals apart"):
         assert value in text
     assert text.count('class="answer"') == 2 * report.SHOWN_SAMPLES

@@ -80,7 +80,8 @@ def settings(command: str, parser: Any, known: dict[str, Any], *, columns: int =
 def _metavar(kind: Any) -> str:
     inner = [k for k in typing.get_args(kind) if k is not type(None)]
     optional = len(inner) < len(typing.get_args(kind))
-    return METAVARS[inner[0]] if optional else METAVARS[typing.get_origin(kind) or kind]
+    kind = inner[0] if optional else kind
+    return METAVARS[typing.get_origin(kind) or kind]
 
 
 def _entry(flag: str, meaning: str, columns: int) -> list[str]:
