@@ -21,6 +21,7 @@ from rlhf_engine.models import Critic, HiddenStates, LanguageModel
 from rlhf_engine.reward_model import ClassifierRewardModel, FrozenRewardModel, RewardModel
 from rlhf_engine.rewards import RewardFunction, RewardTerm
 from rlhf_engine.types import Experience, Prompts, Rollout, StepStats
+from rlhf_engine.validation import validate_ppo, validate_rewards
 
 Progress = Callable[[str, int, int, str], None]  # phase, done, total, unit
 
@@ -56,6 +57,7 @@ class PPOEngine:
         progress: Progress | None = None,
     ) -> None:
         self.config = config or PPOConfig()
+        validate_ppo(self.config)
         if reward is None or reward == []:
             raise ValueError(
                 "PPOEngine: reward is missing; pass a reward model or a function reward(prompts, responses)"
@@ -63,6 +65,7 @@ class PPOEngine:
         if tokenizer is None:
             raise ValueError("PPOEngine: tokenizer is missing; pass the policy's")
         self.rewards = reward if isinstance(reward, list) else [RewardTerm("reward", reward)]
+        validate_rewards([(term.name, term.weight) for term in self.rewards])
         self.tokenizer = tokenizer
         if reference is None:
             c = self.config
@@ -70,9 +73,7 @@ class PPOEngine:
                 policy, train_layers=c.train_layers, train_embeddings=c.train_embeddings, train_head=c.train_head
             )
             reference = models.copy_sharing_frozen(policy)
-            for term in self.rewards:  # trained on this very object, which is about to move: the copy stays as it was
-                if isinstance(term.source, FrozenRewardModel) and term.source.body is policy:
-                    term.source.__dict__["body"] = reference
+        rewards.keep_still(self.rewards, policy, reference)
         self.policy = policy.eval()  # eval: dropout would make old and new log-probs differ
         self.reference = reference.requires_grad_(False).eval()
         self.reference_checksum = models.checksum(self.reference)
@@ -100,7 +101,8 @@ class PPOEngine:
 
     def _critic(self, value: LanguageModel | None) -> Critic:
         if value is not None:
-            critic = models.critic_from_classifier(value)
+            # A copy: the model given may be a reward model, which must stay as it is.
+            critic = models.critic_from_classifier(models.copy_sharing_frozen(value))
         else:
             body = None
             if self.config.critic == "layers":
@@ -108,7 +110,7 @@ class PPOEngine:
                 body = models.copy_sharing_frozen(self.policy)
                 body.get_output_embeddings().requires_grad_(False)
             critic = Critic(self.policy.config.get_text_config().hidden_size, body)
-        return critic.to(next(self.policy.parameters()).device)
+        return critic.to(next(self.policy.parameters()).device).eval()  # eval: dropout would be noise in the values
 
     def _prompts(self, prompts: Prompts | list[str]) -> Prompts:
         made = prompts if isinstance(prompts, Prompts) else data.make_prompts(prompts, self.tokenizer)
@@ -242,6 +244,8 @@ class PPOEngine:
                     extra["skipped_steps"] += not taken
                 groups_done += 1
                 self.progress("update", groups_done, groups_total, "minibatches")
+        if extra["skipped_steps"] == sum(map(len, norms.values())):
+            raise ValueError("update: every gradient was NaN or infinite; look at the rewards, or lower ppo.lr")
         final = {ppo.metric_name(k): v for k, v in ops.finalize_metrics(ops.merge_metrics(parts)).items()}
         for key in ("policy/loss", "value/loss"):
             if key in final:

@@ -82,6 +82,20 @@ def load_judge(name: str) -> Judge | None:
     return lambda texts: [analyser.polarity_scores(text)["compound"] for text in texts]
 
 
+def judged(judge: Judge, texts: list[str]) -> Tensor:
+    """(n,) float64 scores of n texts.
+
+    Raises:
+        ValueError: a judge that does not return one finite number a text.
+    """
+    scores = torch.as_tensor(judge(texts), dtype=torch.float64)
+    if scores.shape != (len(texts),):
+        raise ValueError(f"evaluate.judge: returned {tuple(scores.shape)} values for {len(texts)} texts, not one each")
+    if not torch.isfinite(scores).all():
+        raise ValueError("evaluate.judge: returned a value that is not finite")
+    return scores
+
+
 def load_function(path: str, key: str) -> Any:
     """The function named "module:function"; the working directory counts as a place for modules."""
     import os

@@ -96,6 +96,15 @@ def output_head(model: LanguageModel) -> tuple[Tensor, Tensor | None]:
     return head.weight, getattr(head, "bias", None)
 
 
+def check_length(model: LanguageModel, tokens: int) -> None:
+    """Raises ModelError where prompt and response together need more positions than the model has."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and tokens > most:
+        raise ModelError(
+            f"{tokens} tokens of prompt and response do not fit the model's {most} positions; lower max_new_tokens"
+        )
+
+
 def head_options(model: LanguageModel) -> dict[str, Any]:
     """What the family does to logits besides the matrix product: keyword arguments of ops.linear_logprobs."""
     config = model.config.get_text_config()

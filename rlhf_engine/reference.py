@@ -379,7 +379,9 @@ def value_loss(
     rows = mask.reshape(-1).nonzero().squeeze(1)
     value, old, target = (_up(x.reshape(-1)[rows]) for x in (values, old_values.detach(), returns.detach()))
     free = (value - target).square()
-    bounded = (old + (value - old).clamp(-clip, clip) - target).square() if clip else free
+    moved = (value - old).clamp(-clip, clip) if clip else value - old
+    # Inside the bound both are the same number; only rounding could make them differ.
+    bounded = torch.where(moved == value - old, free, (old + moved - target).square())
     clipped = bounded > free
     error = (target - value).double()
     per_token = {

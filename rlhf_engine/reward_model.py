@@ -23,6 +23,7 @@ from rlhf_engine.byte_dropout import ByteDropout
 from rlhf_engine.models import HiddenStates, LanguageModel
 
 USUAL_DEPTHS = (0.5, 0.6, 0.7, 0.8)  # what a text is about is clearest past the middle, next tokens at the end
+USUALLY_TRAINED = 6  # layers of a fine-tuned reward model
 FORMAT = "rlhf_engine.frozen_reward_model.1"
 Progress = Callable[[int, int], None]
 
@@ -108,9 +109,9 @@ class ClassifierRewardModel(nn.Module):
 
     def raw_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(B, S) -> (B,) unnormalised scores, with gradient."""
-        if (
-            getattr(self.body, "score", None) is not self.head
-        ):  # encoders pool in their own way, by a head of another name
+        if getattr(self.body, "score", None) is not self.head:
+            # Encoders pool in their own way, by a head of another name, and count positions from the left.
+            tokens, mask = _flush_left(tokens, mask)
             return self.body(input_ids=tokens, attention_mask=mask.long()).logits[:, 0].float()
         states, _ = models.run_body(self.body, tokens, mask)
         last = (torch.arange(mask.shape[1], device=mask.device) * mask).amax(1)
@@ -131,7 +132,15 @@ class ClassifierRewardModel(nn.Module):
 RewardModel = FrozenRewardModel | ClassifierRewardModel
 
 
-def new_classifier(body: LanguageModel, *, scratch: bool, train_layers: int, seed: int) -> ClassifierRewardModel:
+def _flush_left(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, S) rows with their real tokens in front, in order, and no column that is padding only."""
+    order = (~mask).long().argsort(dim=1, stable=True)[:, : max(1, int(mask.sum(1).max()))]
+    return tokens.gather(1, order), mask.gather(1, order)
+
+
+def new_classifier(
+    body: LanguageModel, *, scratch: bool, train_layers: int | None = None, seed: int = 0
+) -> ClassifierRewardModel:
     """A sequence classifier on a copy of `body` (or on random weights of its shape); head init std 1/sqrt(d + 1)."""
     import copy
 
@@ -146,6 +155,8 @@ def new_classifier(body: LanguageModel, *, scratch: bool, train_layers: int, see
         classifier.base_model.load_state_dict(body.base_model.state_dict())
     head = models.scalar_head(classifier)
     nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
+    if train_layers is None:
+        train_layers = min(USUALLY_TRAINED, config.get_text_config().num_hidden_layers)
     models.freeze(classifier, train_layers=-1 if scratch else train_layers, train_embeddings=scratch)
     head.requires_grad_(True)
     return ClassifierRewardModel(classifier.eval())
@@ -230,6 +241,8 @@ def score_texts(model: RewardModel, texts: list[str], tokenizer: Any, *, max_tok
 @torch.no_grad()
 def normalise(model: RewardModel, normalised_scores: Tensor) -> None:
     """Sets mean and std so that these samples (the reference's own) score mean 0, std 1."""
+    if len(normalised_scores) < 2:
+        raise ValueError(f"normalise: {len(normalised_scores)} samples of the reference have no spread; take more")
     mean, std = float(normalised_scores.mean()), float(normalised_scores.std())
     if not std > 1e-6:
         raise ValueError(

@@ -61,7 +61,8 @@ def train_reward_model(
 
     Args:
         comparisons: items are texts.
-        body: causal language model; frozen here, and copied where the kind is fine-tuned.
+        body: causal language model; only read, and copied where the kind is fine-tuned. A frozen kind keeps reading it,
+            so it must not be trained afterwards.
         features: pooled features of the items, where they are at hand (frozen kind only).
         progress: called with (done, total) in comparisons.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_engine import models
 from rlhf_engine.models import HiddenStates, LanguageModel
 from rlhf_engine.reward_model import ClassifierRewardModel, FrozenRewardModel, RewardModel
 from rlhf_engine.types import Rollout
@@ -22,6 +23,22 @@ class RewardTerm:
     name: str
     source: RewardModel | RewardFunction
     weight: float = 1.0
+
+
+def keep_still(terms: list[RewardTerm], policy: LanguageModel, reference: LanguageModel) -> None:
+    """Moves reward models that were trained on the very policy object, which is about to change, to the reference.
+
+    Raises:
+        ValueError: the reference has other weights than the policy, so it cannot stand in.
+    """
+    for term in terms:
+        if isinstance(term.source, FrozenRewardModel) and term.source.body is policy:
+            if models.checksum(policy) != models.checksum(reference):
+                raise ValueError(
+                    f"reward {term.name}: it reads the hidden states of the policy, which training changes, and the "
+                    "reference has other weights; give it a copy of the model it was trained on"
+                )
+            term.source.__dict__["body"] = reference
 
 
 def layers_read(terms: list[RewardTerm], reference: LanguageModel) -> set[int]:

@@ -87,13 +87,14 @@ def sample(
         progress: called with (tokens decoded so far, at most) once per decoding step.
 
     Raises:
-        ValueError: temperature <= 0, or logits that are NaN.
+        ValueError: temperature <= 0, logits that are NaN, or more tokens than the model has positions.
     """
     if temperature <= 0:
         raise ValueError(
             f"sample: temperature must be greater than 0, got {temperature}; use top_k=1 for greedy decoding"
         )
     tokens, mask = prompts.input_ids, prompts.attention_mask
+    models.check_length(policy, int(mask.sum(1).amax()) + max_new_tokens)
     batch, width = tokens.shape
     eos = tokenizer.eos_token_id
     sampled = tokens.new_full((batch, max_new_tokens), eos)

@@ -74,7 +74,10 @@ def open_or_create(config: RunConfig) -> Path:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); remove it, or name another --output") from error
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -18,8 +18,9 @@ import rlhf_engine
 from rlhf_engine import cli
 from rlhf_engine.cli.arguments import keys
 from rlhf_engine.cli.help import COMMANDS
-from rlhf_engine.config import BOUNDS, PRESETS, RewardSource, RunConfig, validate
+from rlhf_engine.config import PRESETS, RewardSource, RunConfig
 from rlhf_engine.fetch import FetchError
+from rlhf_engine.validation import BOUNDS, validate
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ["run", "fetch", "sft", "rank", "reward", "ppo"]
@@ -78,7 +79,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("run --ppo.lam 2", ["ppo.lam must lie between 0 and 1"]),
     ("run --ppo.lr .nan", ["ppo.lr must be a finite number"]),
     ("run --ppo.lr=-1", ["ppo.lr must not be negative"]),
-    ("run --seed -1", ["seed must not be negative"]),
+    ("run --seed -1", ["seed must lie between 0"]),
     ("run --ppo.missing_eos_penalty 1", ["ppo.missing_eos_penalty would hit every response"]),
     ("run --ppo.train_layers -2", ["ppo.train_layers must be -1 (all) or more"]),
     ("run --ppo.minibatches 9", ["ppo.minibatches", "ppo.micro_batch_size"]),

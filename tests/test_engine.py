@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -10,11 +11,13 @@ from tiny_models import ARMS, FAMILIES, tiny_lm, word_tokenizer
 from transformers import AutoModelForTokenClassification
 
 from rlhf_engine import models
+from rlhf_engine import reward_model as rm
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.engine import PPOEngine
 from rlhf_engine.ppo import experience_metrics
 from rlhf_engine.reward_model import FrozenRewardModel
 from rlhf_engine.rewards import RewardTerm
+from rlhf_engine.types import Rollout
 
 
 def count_a(prompts: list[str], responses: list[str]) -> list[float]:
@@ -291,3 +294,81 @@ def test_kl_fixed_point(attempt: int) -> None:
         engine.step(["a b"] * config.batch_size)
     end = float((distribution(engine.policy) - target).abs().sum() / 2)
     assert end <= 0.02, f"seed {seed}: total variation {start:.3f} -> {end:.3f}"
+
+
+def scores_of(engine: PPOEngine, batch: Rollout) -> torch.Tensor:
+    return engine.reward_terms(batch)["reward"]
+
+
+def test_a_reward_model_that_starts_the_critic_stays_as_it_is() -> None:
+    model = tiny_lm()
+    reward = rm.new_classifier(model, scratch=False, train_layers=1)
+    engine = PPOEngine(
+        model, value=reward.body, reward=reward, tokenizer=word_tokenizer(),
+        config=PPOConfig(steps=3, batch_size=12, micro_batch_size=3, max_new_tokens=6, train_layers=1, value_lr=1e-2),
+    )  # fmt: skip
+    batch = engine.rollout(PROMPTS)
+    before = scores_of(engine, batch)
+    for _ in range(3):
+        engine.step(PROMPTS)
+    assert torch.equal(before, scores_of(engine, batch))
+    assert torch.equal(engine.score(batch).values, engine.score(batch).values)  # no dropout in the critic
+
+
+def test_a_reward_model_on_the_policy_moves_to_the_reference() -> None:
+    model = tiny_lm()
+    reward = FrozenRewardModel(model, [1, 3], 8)
+    engine = PPOEngine(
+        model, copy.deepcopy(model), reward=reward, tokenizer=word_tokenizer(),
+        config=PPOConfig(steps=3, batch_size=12, micro_batch_size=3, max_new_tokens=6, lr=1e-2),
+    )  # fmt: skip
+    batch = engine.rollout(PROMPTS)
+    before = scores_of(engine, batch)
+    engine.step(PROMPTS)
+    assert torch.equal(before, scores_of(engine, batch))
+    with pytest.raises(ValueError, match="give it a copy of the model"):
+        make_engine_with(model, tiny_lm(seed=5), reward=FrozenRewardModel(model, [1], 8))
+
+
+def make_engine_with(model: torch.nn.Module, reference: torch.nn.Module, reward: object) -> PPOEngine:
+    return PPOEngine(model, reference, reward=reward, tokenizer=word_tokenizer(), config=PPOConfig())  # type: ignore
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        ({"critic": "layer"}, "ppo.critic must be one of head, layers, got 'layer'"),
+        ({"lr_schedule": "cosin"}, "ppo.lr_schedule must be one of"),
+        ({"minibatches": 0}, "ppo.minibatches must be greater than 0, got 0"),
+        ({"minibatches": 4, "batch_size": 2, "micro_batch_size": 1}, "so lower ppo.minibatches to 2"),
+        ({"steps": None}, "ppo.steps must not be null"),
+        ({"train_layers": 0}, "nothing to train"),
+        ({"ignore_eos": True, "missing_eos_penalty": 1.0}, "would hit every response"),
+    ],
+)
+def test_settings_are_checked_however_they_were_made(overrides: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make_engine(tiny_lm(), **overrides)
+
+
+@pytest.mark.parametrize(
+    "terms, sentence",
+    [
+        ([("r", 1.0), ("r", 1.0)], "reward names must differ"),
+        ([("mean", 1.0)], "must not be empty, mean or std"),
+        ([("", 1.0)], "must not be empty"),
+        ([("r", float("nan"))], "reward r: its weight must be a finite number"),
+    ],
+)
+def test_reward_terms_are_checked(terms: list[tuple[str, float]], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make_engine(tiny_lm(), reward=[RewardTerm(name, count_a, weight) for name, weight in terms])
+
+
+def test_a_step_that_learns_nothing_says_so() -> None:
+    engine = make_engine(tiny_lm())
+    experience = engine.score(engine.rollout(PROMPTS))
+    experience.advantages[:] = torch.nan
+    experience.returns[:] = torch.nan
+    with pytest.raises(ValueError, match="every gradient was NaN"):
+        engine.update(experience)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -135,3 +136,19 @@ def test_the_tf_idf_floor_learns_words() -> None:
     )
     good, bad, unknown = evaluation.tfidf_ridge_scores(train, ["a good thing", "a bad thing", "???"]).tolist()
     assert good > 0.5 and bad < -0.5 and abs(unknown) < 0.5
+
+
+@pytest.mark.parametrize(
+    "judge, sentence",
+    [
+        (lambda texts: [1.0], "returned (1,) values for 2 texts"),
+        (lambda texts: [1.0, float("nan")], "not finite"),
+    ],
+)
+def test_a_judge_must_answer_for_every_text(judge: evaluation.Judge, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        evaluation.judged(judge, ["a", "b"])
+
+
+def test_a_judge_may_count() -> None:
+    assert evaluation.judged(lambda texts: [len(t) for t in texts], ["a", "bcd"]).mean() == 2.0

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "rlhf_engine"
 # Modules by layer, lowest first; a folder such as "ops" stands for every file in it.
 LAYERS = [
     {"kernels", "native"},
-    {"types", "config", "reference"},
+    {"types", "config", "validation", "reference"},
     {"ops"},
     {"byte_dropout", "models", "rollout", "ppo", "data", "rated", "tiny", "fetch", "checkpoint", "metrics", "runs"},
     {"engine", "reward_model", "rewards", "reward_training", "sft", "ranking", "comparisons", "evaluation"},
@@ -26,7 +26,13 @@ LAYERS = [
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 ONLY_OPS_IMPORTS = {"kernels", "native", "_C"}
-THIRD_PARTY = {"kernels": {"torch", "triton"}, "config": set(), "types": {"torch"}, "reference": {"torch"}}
+THIRD_PARTY = {
+    "kernels": {"torch", "triton"},
+    "config": set(),
+    "validation": set(),
+    "types": {"torch"},
+    "reference": {"torch"},
+}
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")])  # rglob does not follow the link
 
 

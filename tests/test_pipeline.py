@@ -171,8 +171,8 @@ def test_own_prompts_are_split_before_anything_is_trained(tmp_path: Path) -> Non
     assert sorted(train + held) == sorted(prompts) and len(held) == 2
     job.config = RunConfig(data=DataConfig(prompts=str(path)), evaluate=EvalConfig(samples=1))
     assert len(split_prompts(job)[1]) == 1
-    path.write_text("one\none\n")
-    with pytest.raises(ValueError, match="needs two different prompts at least"):
+    path.write_text("one\ntwo\none\n")
+    with pytest.raises(ValueError, match="needs three different prompts at least"):
         split_prompts(job)
 
 
@@ -216,3 +216,40 @@ def test_a_used_folder_is_refused_and_replaced_only_when_asked(
     assert s["sft"]["records"] == 8 and (folder / "sft" / "config.json").is_file()
     assert {row["item"] for row in s["elo"]["reward_model"]} == {"pretrained", "sft", "ppo-1", "ppo-2"}
     assert s["ppo"]["reference_unchanged"] is True
+
+
+def test_ppo_refuses_a_reward_model_of_another_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("reward", tmp_path / "x", *QUICK) == 0
+    capsys.readouterr()
+    assert tiny("ppo", tmp_path / "x", "--seed", "1", *QUICK) == 2
+    assert "was trained on another split of the data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--ppo.train_layers", "99"], "ppo.train_layers: 99 is more than the 2 layers"),
+        (["--reward_model.layers", "[5]"], "reward_model.layers: 5 is more than the 2 layers"),
+        (["--evaluate.judge", "nowhere:f"], "evaluate.judge: cannot load"),
+        (["--reward", '[{"name": "x", "source": "nowhere:f"}]'], "reward x: cannot load"),
+        (["--evaluate.samples", "1"], "evaluate.samples must be at least 2"),
+        (["--threads", "100000"], "threads must lie between 0 and 1024"),
+    ],
+)
+def test_what_can_be_known_at_once_is_said_at_once(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny("run", tmp_path / "x", *words) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "rank" not in error
+
+
+def test_models_are_saved_before_anything_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "moody.py").write_text("calls = []\n\ndef judge(texts):\n    calls.append(1)\n"
+                                       "    return [1.0] * len(texts) if len(calls) < 5 else [1.0]\n")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert tiny("run", tmp_path / "x", "--evaluate.judge", "moody:judge", "--evaluate.samples", "8") == 2
+    assert "evaluate.judge: returned (1,) values for 8 texts" in capsys.readouterr().err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "x" / "policy")

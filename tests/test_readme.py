@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from rlhf_engine import data, fetch, tiny
+from rlhf_engine.cli import arguments
+from rlhf_engine.config import RunConfig
+from rlhf_engine.validation import validate
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -33,3 +37,19 @@ def test_every_file_in_the_map_exists() -> None:
         beside = (README.parent / names[0]).parent
         for name in names:
             assert (README.parent / name).exists() or (beside / name).exists(), name
+
+
+def test_every_command_is_understood() -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("rlhf ")]
+    assert len(commands) >= 4
+    for line in commands:
+        _, command, *words = shlex.split(line, comments=True)
+        config = arguments.parse(command, words)
+        if isinstance(config, RunConfig):
+            validate(config)
+
+
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (README.parent / target).exists(), target

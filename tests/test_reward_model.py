@@ -47,6 +47,17 @@ def classifier(family: str = "llama", seed: int = 0) -> rm.ClassifierRewardModel
     return rm.new_classifier(tiny_lm(family), scratch=False, train_layers=1, seed=seed)
 
 
+def test_encoders_read_left_padded_rows_like_any_other() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=12, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=1
+    )
+    model = rm.ClassifierRewardModel(AutoModelForSequenceClassification.from_config(config).eval())
+    right, left = model.score(*batch("right")), model.score(*batch("left"))
+    torch.testing.assert_close(right, left)
+    assert right.std() > 1e-3
+
+
 # The loss
 
 
@@ -293,7 +304,7 @@ def test_an_engine_that_hands_over_its_states_scores_as_the_model_alone(layers: 
     model, tokenizer = frozen_model(layers=layers), word_tokenizer()
     models.freeze(model.body, train_layers=1)
     policy = models.copy_sharing_frozen(model.body)
-    config = PPOConfig(batch_size=6, micro_batch_size=2, max_new_tokens=6)
+    config = PPOConfig(batch_size=6, micro_batch_size=1, max_new_tokens=6)
     engine = PPOEngine(policy, model.body, reward=model, tokenizer=tokenizer, config=config, seed=4)
     prompts = ["a b c", "d", "e f", "g h i j", "a", "b b"]
     for _ in range(2):  # the second time the policy has moved, and the reference must still be the one that is read

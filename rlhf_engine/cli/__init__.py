@@ -18,7 +18,8 @@ from rlhf_engine import __version__
 from rlhf_engine.cli import arguments, paths
 from rlhf_engine.cli import help as helping
 from rlhf_engine.cli.mistakes import Mistake, nearest
-from rlhf_engine.config import GenerateConfig, RunConfig, validate, validate_generate
+from rlhf_engine.config import GenerateConfig, RunConfig
+from rlhf_engine.validation import validate, validate_generate
 
 # Nobody asked for these: disk, memory, network. Any other errno is about a path that somebody named.
 ENVIRONMENT = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlhf_engine import data, models, report, runs, tiny
+from rlhf_engine import data, evaluation, models, report, runs, tiny
 from rlhf_engine import fetch as fetching
 from rlhf_engine import reward_model as rm
 from rlhf_engine.config import RunConfig
@@ -37,6 +39,7 @@ class Job:
     matches: Comparisons = field(init=False)
     reward_model: rm.RewardModel | None = None
     pretrained_samples: Rollout | None = None  # only kept where SFT changes the base
+    tuned: bool = False  # the base is not the config's model but what SFT made of it
 
 
 def start(config: RunConfig, log: RunLog, *, fresh: bool) -> Job:
@@ -45,6 +48,10 @@ def start(config: RunConfig, log: RunLog, *, fresh: bool) -> Job:
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch sees no CUDA device here; use --device cpu or auto")
+    evaluation.load_judge(config.evaluate.judge)  # now, rather than after an hour
+    for source in config.reward:
+        if ":" in source.source and not Path(source.source).exists():
+            evaluation.load_function(source.source, f"reward {source.name}")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     models.quiet_transformers()
@@ -105,12 +112,17 @@ def load_data(job: Job) -> None:
         job.prompts = split_prompts(job)
         train, heldout, prompts = (len(part) for part in job.parts)
         job.summary["data"] = {
-            "source": d.source, "texts": len(everything), "train_texts": train, "heldout_texts": heldout,
-            "prompt_texts": prompts,
+            "source": d.source, "split": _fingerprint(job.parts), "texts": len(everything), "train_texts": train,
+            "heldout_texts": heldout, "prompt_texts": prompts,
             "prompts": len(job.prompts[0]), "heldout_prompts": len(job.prompts[1]),
             "duplicates_dropped": len(everything) - len(data.deduplicate(everything)),
         }  # fmt: skip
         job.log.say(f"{train} texts to train on, {heldout} held out, {prompts} for prompts; no block is in two parts")
+
+
+def _fingerprint(parts: tuple[RatedTexts, ...]) -> str:
+    """The same for the same texts in the same parts."""
+    return hashlib.sha256(json.dumps([part.texts for part in parts]).encode()).hexdigest()[:16]
 
 
 def load_tuned(job: Job) -> None:
@@ -125,6 +137,7 @@ def load(job: Job, folder: str | None = None) -> None:
     with job.log.stage("model"):
         if folder is not None:
             job.log.say(f"continuing from {folder}")
+            job.tuned = True
         job.model_folder = folder or model_folder(job.config, job.log)
         job.tokenizer = models.load_tokenizer(job.config.tokenizer or _tokenizer_of(job.model_folder))
         dtype = getattr(torch, job.config.ppo.dtype)
@@ -134,8 +147,32 @@ def load(job: Job, folder: str | None = None) -> None:
             raise ValueError(
                 f"tokenizer: {len(job.tokenizer)} tokens, but the model embeds fewer; they do not belong together"
             )
+        _check_depth(job)
         parameters = sum(p.numel() for p in job.base.parameters())
         job.log.say(f"{job.config.model}: {parameters / 1e6:.1f} M parameters in {job.config.ppo.dtype}")
+
+
+def _check_depth(job: Job) -> None:
+    """Layers that the config counts must exist."""
+    c, depth = job.config, len(models.decoder_layers(job.base))
+    counted = {
+        "ppo.train_layers": c.ppo.train_layers, "sft.train_layers": c.sft.train_layers if c.sft.data else 0,
+        "reward_model.train_layers": c.reward_model.train_layers or 0,
+        "reward_model.layers": max(c.reward_model.layers or [0]),
+    }  # fmt: skip
+    for key, number in counted.items():
+        if number > depth:
+            raise ValueError(f"{key}: {number} is more than the {depth} layers of {c.model}")
+
+
+def same_words(job: Job, folder: str) -> None:
+    """Token ids go to a reward model as they are, so they must mean the same words there."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        return
+    if models.load_tokenizer(folder).get_vocab() != job.tokenizer.get_vocab():
+        raise ValueError(
+            f"reward: {folder} has another tokenizer than the policy; wrap it in a function reward(prompts, responses)"
+        )
 
 
 def _tokenizer_of(model: str) -> str:
@@ -149,14 +186,14 @@ def split_prompts(job: Job) -> tuple[list[str], list[str]]:
     d, most = job.config.data, job.config.evaluate.samples
     if d.prompts:
         lines = list(dict.fromkeys(read_prompts(d.prompts)))
-        if len(lines) < 2:
-            raise ValueError(f"prompts: {d.prompts} needs two different prompts at least, one of them to evaluate on")
+        if len(lines) < 3:
+            raise ValueError(f"prompts: {d.prompts} needs three different prompts at least, two of them to evaluate on")
         Random(job.config.seed).shuffle(lines)
-        held_out = min(most, max(1, len(lines) // 5))
+        held_out = min(most, max(2, len(lines) // 5))
         return lines[held_out:], lines[:held_out]
     held = data.prompt_texts(job.parts[1], d.prompt_words)[:most]
-    if not held:
-        raise ValueError(f"data: no held-out text has more than {d.prompt_words} words to make a prompt from")
+    if len(held) < 2:
+        raise ValueError(f"data: {len(held)} held-out texts have more than {d.prompt_words} words; prompts need two")
     return [text for text in data.prompt_texts(job.parts[2], d.prompt_words) if text not in set(held)], held
 
 

@@ -14,7 +14,7 @@ from rlhf_engine import reward_model as rm
 from rlhf_engine.config import RewardSource
 from rlhf_engine.engine import PPOEngine
 from rlhf_engine.models import LanguageModel
-from rlhf_engine.pipeline.job import Job
+from rlhf_engine.pipeline.job import Job, same_words
 from rlhf_engine.rewards import RewardTerm
 from rlhf_engine.sft import train_sft
 from rlhf_engine.types import Rollout
@@ -46,6 +46,7 @@ def sft_stage(job: Job) -> None:
             "records": outcome.records, "cut": outcome.cut, "target_tokens": outcome.target_tokens,
             "loss_first": outcome.losses[0], "loss_last": outcome.losses[-1],
         }  # fmt: skip
+        job.tuned = True
         job.log.say(f"loss {outcome.losses[0]:.3f} -> {outcome.losses[-1]:.3f} nats per target token")
         runs.write_card(job.folder / "sft", "Supervised fine-tuned model", [f"Base: {job.config.model}."])
 
@@ -76,24 +77,19 @@ def _reward_source(job: Job, source: RewardSource) -> Any:
     if ":" in source.source and not Path(source.source).exists():
         return evaluation.load_function(source.source, f"reward {source.name}")
     if source.source != "reward_model":
-        _same_words(job, source.source)
+        same_words(job, source.source)
         return rm.load_reward_model(source.source, body=job.base).to(job.device)
     if job.reward_model is None:
         folder = job.folder / "reward_model"
         if not folder.is_dir():
             raise ValueError(f"reward: {folder} does not exist; run `rlhf reward` with the same output first")
+        if job.summary.get("rm", {}).get("split", job.summary["data"]["split"]) != job.summary["data"]["split"]:
+            raise ValueError(
+                f"reward: {folder} was trained on another split of the data, so held-out prompts would not be held "
+                "out; use the seed and the data settings of that stage, or train it again"
+            )
         job.reward_model = rm.load_reward_model(folder, body=job.base)
     return job.reward_model.to(job.device)
-
-
-def _same_words(job: Job, folder: str) -> None:
-    """Token ids go to the reward model as they are, so they must mean the same words there."""
-    if not (Path(folder) / "tokenizer.json").is_file():
-        return
-    if models.load_tokenizer(folder).get_vocab() != job.tokenizer.get_vocab():
-        raise ValueError(
-            f"reward: {folder} has another tokenizer than the policy; wrap it in a function reward(prompts, responses)"
-        )
 
 
 def ppo_stage(job: Job) -> None:
@@ -106,14 +102,14 @@ def ppo_stage(job: Job) -> None:
     with job.log.stage("sample before"):
         before = engine.rollout(prompts, generator=evaluation_seed(job))
         _normalise(job, engine, before)
-        contenders = [
-            Contender("sft" if job.pretrained_samples else "pretrained", 0, before, _scores(engine, before), 0.0)
-        ]
+        contenders = [Contender("sft" if job.tuned else "pretrained", 0, before, _scores(engine, before), 0.0)]
         if job.pretrained_samples is not None:
             outside = job.pretrained_samples
             contenders.insert(0, Contender("pretrained", 0, outside, _scores(engine, outside), float("nan")))
     with job.log.stage("ppo"):
         contenders += _train(job, engine, prompts, judge)
+    with job.log.stage("save"):  # before the evaluation, so that no trouble there can take the models along
+        _save(job, engine)
     with job.log.stage("evaluate"):
         final = engine.rollout(prompts, generator=evaluation_seed(job))
         experience = engine.score(final)
@@ -124,9 +120,7 @@ def ppo_stage(job: Job) -> None:
             )
         )
         _record(job, engine, contenders, judge, measured)
-        runs.write_summary(job.folder, job.summary)  # now, so that no trouble in saving can take the figures along
-    with job.log.stage("save"):
-        _save(job, engine)
+        _write_cards(job)
 
 
 def _engine(job: Job) -> PPOEngine:
@@ -164,7 +158,7 @@ def _train(job: Job, engine: PPOEngine, prompts: list[str], judge: evaluation.Ju
         stats = engine.step(data.make_prompts(list(texts), job.tokenizer, list(ids)))
         values = stats.metrics | {f"seconds/{k}": v for k, v in stats.seconds.items()}
         if judge is not None:
-            values["judge/mean"] = sum(judge(stats.texts)) / len(stats.texts)
+            values["judge/mean"] = float(evaluation.judged(judge, stats.texts).mean())
         job.log.metrics(step, values)
         job.log.say(_step_line(step, c.steps, values))
         if step in stops:
@@ -189,7 +183,7 @@ def _record(
     job: Job, engine: PPOEngine, contenders: list[Contender], judge: evaluation.Judge | None, measured: dict[str, float]
 ) -> None:
     """Fills summary["ppo"], ["curve"], ["elo"] and samples.jsonl."""
-    judged = {k.name: torch.tensor(judge(k.rollout.texts)) for k in contenders} if judge else {}
+    judged = {k.name: evaluation.judged(judge, k.rollout.texts) for k in contenders} if judge else {}
     for k in contenders:
         job.log.samples(_sample_rows(k, judged.get(k.name)))
     job.summary["curve"] = [
@@ -199,11 +193,7 @@ def _record(
         }
         for k in contenders
     ]  # fmt: skip
-    base = (
-        next(k for k in contenders if k.step == 0 and k.name != "pretrained")
-        if job.pretrained_samples
-        else contenders[0]
-    )
+    base = [k for k in contenders if k.step == 0][-1]
     job.summary["ppo"] = _outcome(job, engine, base, contenders[-1], measured, judged)
     job.summary["elo"] = {"reward_model": _elo(job, {k.name: k.scores.cpu() for k in contenders})}
     if judge:
@@ -287,13 +277,17 @@ def _elo(job: Job, scores: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 
 def _save(job: Job, engine: PPOEngine) -> None:
-    o = job.summary["ppo"]
     engine.policy.save_pretrained(job.folder / "policy")
     models.save_critic(engine.critic, engine.reference, job.folder / "critic")
     for name in ("policy", "critic"):
         job.tokenizer.save_pretrained(job.folder / name)
+
+
+def _write_cards(job: Job) -> None:
+    o = job.summary["ppo"]
+    base = f"{job.config.model}{', supervised fine-tuned' if job.tuned else ''}"
     facts = [
-        f"Base: {job.config.model}. Data: {job.config.data.source}. {o['steps']} PPO steps, {o['episodes']} episodes, "
+        f"Base: {base}. Data: {job.config.data.source}. {o['steps']} PPO steps, {o['episodes']} episodes, "
         f"last {o['train_layers']} layers trained ({o['trained_parameters']:,} parameters).",
         "",
         f"Reward on held-out prompts {o['reward_before']:+.2f} -> {o['reward_after']:+.2f} {o['reward_unit']}, "

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_engine import comparisons, evaluation, ranking, runs
 from rlhf_engine import reward_model as rm
 from rlhf_engine import reward_training as rt
-from rlhf_engine.pipeline.job import Job
+from rlhf_engine.pipeline.job import Job, same_words
 from rlhf_engine.types import RatedTexts
 
 
@@ -60,12 +60,14 @@ def reward_stage(job: Job) -> None:
                 progress=lambda done, total: job.log.progress("reward model", done, total, "comparisons"),
             )  # fmt: skip
         else:
+            same_words(job, c.body)
             model = rm.load_reward_model(c.body, body=job.base)
     job.reward_model = model
     model.save(job.folder / "reward_model")
     job.tokenizer.save_pretrained(job.folder / "reward_model")
     with job.log.stage("grade"):
         grade = job.summary["rm"] = _grade(job, model, features, train, heldout)
+        grade["split"] = job.summary["data"]["split"]
     facts = [
         f"Body: {job.config.model} ({c.body}). Data: {job.config.data.source}, {len(train)} texts.",
         "",
@@ -101,9 +103,10 @@ def _grade(
             scalar = rt.train_on_ratings(job.base, features, means, config=c, seed=job.config.seed)
             out["scalar_rm_accuracy"] = evaluation.grade_pairs(_raw_scores(scalar, heldout_features), pairs).accuracy
     else:
-        scores = rm.score_texts(
+        normalised = rm.score_texts(
             model, heldout.texts, job.tokenizer, max_tokens=c.max_tokens, batch_size=c.feature_batch
         )
+        scores = normalised * model.score_std + model.score_mean  # graded in log-odds
     grade = evaluation.grade_pairs(scores, pairs)
     baseline = evaluation.tfidf_ridge_scores(train, heldout.texts)
     out |= {
@@ -113,8 +116,7 @@ def _grade(
         "human_rater_vs_rater": agreement.rater_vs_rater,
     }  # fmt: skip
     if judge := evaluation.load_judge(job.config.evaluate.judge):
-        judged = torch.tensor(judge(heldout.texts), dtype=torch.float64)
-        out["judge_accuracy"] = evaluation.grade_pairs(judged, pairs).accuracy
+        out["judge_accuracy"] = evaluation.grade_pairs(evaluation.judged(judge, heldout.texts), pairs).accuracy
     job.log.say(
         f"human choices predicted: reward model {grade.accuracy:.3f}, tf-idf {out['baseline_tfidf_ridge']:.3f}, "
         f"people's mean {agreement.ceiling:.3f}; calibration error {grade.ece:.3f}"
