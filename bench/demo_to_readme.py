@@ -26,7 +26,7 @@ def rows(s: dict[str, Any]) -> list[tuple[str, str]]:
         f"{rm['human_pair_accuracy']:.3f} (tf-idf and ridge {rm['baseline_tfidf_ridge']:.3f}, VADER "
         f"{rm['judge_accuracy']:.3f}, the other raters' mean {rm['ceiling_mean_of_raters']:.3f})"
     )
-    gain = f"{ppo['reward_before']:+.2f} to {ppo['reward_after']:+.2f} {ppo['reward_unit']}"
+    gain = f"{round(ppo['reward_before'], 2) + 0.0:+.2f} to {ppo['reward_after']:+.2f} {ppo['reward_unit']}"
     variety = f"{ppo['distinct3_ratio']:.2f} of the reference's, {ppo['repeated_4grams_after']:.1%}"
     nll = f"{ppo['reference_nll_before']:.2f} to {ppo['reference_nll_after']:.2f} nats a token"
     return [
