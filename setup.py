@@ -1,9 +1,9 @@
 """Builds the optional extension rlhf_engine/_C.so from csrc/; everything else is in pyproject.toml.
 
 The extension is compiled against the headers of the torch that is installed (LibTorch's stable ABI; hence
---no-build-isolation). Without torch or a C++ compiler, or if a compiler fails, the package installs without it: the
-reason is printed and kept in rlhf_engine/_C.json, where `python -m rlhf_engine.native` finds it. pip hides what a build
-prints unless it is given -v.
+--no-build-isolation), with CUDA kernels where there is an nvcc, whether or not there is a GPU. Without torch or a C++
+compiler, or if a compiler fails, the package installs without it: the reason is printed and kept in
+rlhf_engine/_C.json, where `python -m rlhf_engine.native` finds it. pip hides what a build prints unless it is given -v.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,11 +22,22 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cpp"))
+KERNELS = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cu"))
+ONLY_WITH_CUDA = {"csrc/bindings_cuda.cpp"}
 # Only functions that torch 2.10 has: the result then loads into any later torch.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 # No -ffast-math: linking with it makes the whole process flush denormals. No contraction into fused multiply-adds: the
-# bits are then the same on every CPU. No -march=native: wheels travel.
-FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# bits are then the same on every CPU. No -march=native: wheels travel. -fno-trapping-math and -fno-math-errno let
+# conditions become vector code; they change no result.
+FLAGS = [
+    "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
+    "-Wall", "-Wextra", "-Wno-unused-parameter",
+]  # fmt: skip
+TARGETS = ("80", "90a", "100")
+CUDA_FLAGS = [
+    "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--fmad=false", "--threads", "2",
+    *(f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS),
+]  # fmt: skip
 
 
 class NotBuilt(Exception):
@@ -51,29 +63,61 @@ def find_compiler() -> str:
     raise NotBuilt(f"no C++ compiler found (looked for {', '.join(names)})")
 
 
-def run(command: list[str]) -> None:
-    print(" ".join(command), flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise NotBuilt(f"this command failed: {' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}")
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def plan(library: Path, objects: Path, torch: Path, compiler: str, nvcc: str | None) -> str:
+    """What ninja is to do, in its language."""
+    include = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -isystem {torch / 'include'}"
+    # --no-as-needed keeps libtorch.so among the needed libraries: where it is a CUDA build it brings CUDA with it.
+    libraries = f"-L{torch / 'lib'} -ltorch -ltorch_cpu -lc10"
+    cuda_link = f"{nvcc} -shared -cudart static -Xlinker --no-as-needed {libraries}"
+    link = cuda_link if nvcc else f"{compiler} -shared -Wl,--no-as-needed {libraries}"
+    lines = [
+        "rule cxx",
+        f"  command = {compiler} {' '.join(FLAGS)} {include} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "rule cuda",
+        f"  command = {nvcc} {' '.join(CUDA_FLAGS)} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = {link.replace(' -L', ' $in -L', 1)} -o $out",
+    ]
+    sources = [*SOURCES, *KERNELS] if nvcc else [s for s in SOURCES if s not in ONLY_WITH_CUDA]
+    made = []
+    for source in sources:
+        made.append(str(objects / f"{Path(source).name}.o"))
+        lines.append(f"build {made[-1]}: {'cuda' if source in KERNELS else 'cxx'} {ROOT / source}")
+    return "\n".join([*lines, f"build {library}: link {' '.join(made)}", ""])
 
 
 def compile_all(library: Path, objects: Path) -> dict[str, str]:
-    """csrc/*.cpp -> library; returns what there is to know about the build."""
-    torch, compiler = find_torch(), find_compiler()
+    """csrc/ -> library; returns what there is to know about the build."""
+    torch, compiler, nvcc = find_torch(), find_compiler(), find_nvcc()
     library, objects = library.absolute(), objects.absolute()
     objects.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    include = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", str(torch / "include")]
-    built = []
-    for source in SOURCES:
-        built.append(str(objects / Path(source).with_suffix(".o").name))
-        run([compiler, *FLAGS, *include, "-c", source, "-o", built[-1]])
-    # --no-as-needed keeps libtorch.so among the needed libraries: where it is a CUDA build it brings CUDA with it.
-    libraries = ["-Wl,--no-as-needed", f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    run([compiler, "-shared", "-fopenmp", *built, *libraries, "-o", str(library)])
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return {"compiler": version, "flags": " ".join(FLAGS), "torch": importlib.metadata.version("torch")}
+    if importlib.util.find_spec("ninja") is None:
+        raise NotBuilt("ninja is not installed in the building environment; install it and use --no-build-isolation")
+    (objects / "build.ninja").write_text(plan(library, objects, torch, compiler, nvcc))
+    done = subprocess.run(
+        [sys.executable, "-m", "ninja", "-C", str(objects), "-v"], capture_output=True, text=True, cwd=ROOT
+    )
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise NotBuilt(f"a compiler's command failed:\n{(done.stdout + done.stderr)[-4000:]}")
+    return {
+        "compiler": version_of(compiler), "flags": " ".join(FLAGS), "torch": importlib.metadata.version("torch"),
+        "nvcc": version_of(nvcc) if nvcc else "", "targets": " ".join(f"sm_{t}" for t in TARGETS) if nvcc else "",
+    }  # fmt: skip
+
+
+def version_of(compiler: str) -> str:
+    """nvcc says it on its last but one line, others on the first."""
+    lines = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
+    return next((line for line in reversed(lines) if "release" in line), lines[0] if lines else "unknown")
 
 
 class BuildNative(build_ext):
@@ -99,7 +143,7 @@ class BuildNative(build_ext):
 
 
 setup(
-    ext_modules=[Extension("rlhf_engine._C", sources=SOURCES, optional=True)],
+    ext_modules=[Extension("rlhf_engine._C", sources=[*SOURCES, *KERNELS], optional=True)],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},  # one wheel for every Python 3
 )

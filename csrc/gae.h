@@ -1,38 +1,19 @@
-// Advantages of one sequence: the recurrence itself, for host and device alike. No torch, no CUDA header.
+// One step of the recursion of generalised advantage estimation, from a sequence's end. No torch, no CUDA header.
 //
 //     delta_t = r_t + gamma V_p - V_t       A_t = delta_t + gamma lam A_p       R_t = A_t + V_t
 //
-// p is the next unmasked position ("carry": the recursion steps over holes), V_p = A_p = 0 after the last one. Masked
-// positions are never read, so their content cannot matter; their outputs are 0. Everything is fp32, from the end.
+// p is the position after t that takes part ("carry": the next trainable token; "decay": the next token, where r and V
+// count as 0 if it is not trainable). Behind the last one V_p is 0 or given, A_p is 0.
 #pragma once
 
-#ifdef __CUDACC__
-#define RLHF_HOST_DEVICE __host__ __device__
-#else
-#define RLHF_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace rlhf {
 
-RLHF_HOST_DEVICE inline void gae_row(const float* rewards, const float* values, const bool* mask, long length,
-                                     float gamma, float gamma_lam, float* advantages, float* returns) {
-  float next_value = 0.f, next_advantage = 0.f;
-  for (long t = length - 1; t >= 0; --t) {
-    if (!mask[t]) {
-      advantages[t] = returns[t] = 0.f;
-      continue;
-    }
-    const float value = values[t];
-    const float delta = rewards[t] + gamma * next_value - value;
-    next_advantage = delta + gamma_lam * next_advantage;
-    next_value = value;
-    advantages[t] = next_advantage;
-    returns[t] = next_advantage + value;
-  }
+RLHF_FN float td_error(float reward, float value, float next_value, float gamma) {
+  return (reward + gamma * next_value) - value;
 }
 
-}  // namespace rlhf
+RLHF_FN float advance(float delta, float decay, float next_advantage) { return delta + decay * next_advantage; }
 
-// Padded (rows, length), contiguous. gae_cpu.cpp; a thread takes whole rows, so bits do not depend on their number.
-extern "C" void rlhf_gae_cpu(const float* rewards, const float* values, const bool* mask, long rows, long length,
-                             float gamma, float gamma_lam, float* advantages, float* returns);
+}  // namespace rlhf

@@ -163,15 +163,24 @@ def gae(
     *,
     gamma: float = 1.0,
     lam: float | Tensor = 0.95,
+    value_lam: float | Tensor | None = None,
     holes: str = "carry",
     bootstrap: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """delta_t = r_t + gamma V_tp1 - V_t;   A_t = delta_t + gamma lam A_tp1;   returns = A + V;   0 where masked.
 
     All (B, T), or all (N,) with cu_seqlens (B + 1,). p1 is the next active token ("carry"), or the next position of any
-    kind with r = V = 0 at the holes ("decay"); after the last active token V is `bootstrap` (B,) or 0.
+    kind with r = V = 0 at the holes ("decay"); after the last active token V is `bootstrap` (B,) or 0. The returns are
+    those of `value_lam` where it is given.
     """
+    if value_lam is not None or out is not None:
+        rest: dict[str, Any] = {"gamma": gamma, "holes": holes, "bootstrap": bootstrap, "cu_seqlens": cu_seqlens}
+        found = gae(rewards, values, mask, lam=lam, **rest)
+        if value_lam is not None:
+            found = found[0], gae(rewards, values, mask, lam=value_lam, **rest)[1]
+        return found if out is None else (out[0].copy_(found[0]), out[1].copy_(found[1]))
     if cu_seqlens is not None:
         (rewards, values, mask), inside = _to_padded((rewards, values, mask), cu_seqlens)
         padded = gae(rewards, values, mask, gamma=gamma, lam=lam, holes=holes, bootstrap=bootstrap)
@@ -225,6 +234,7 @@ def whiten(
     eps: float = 1e-8,
     eps_mode: str = "add",
     zero_masked: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """(x - mean) * rsqrt(var + eps), or rsqrt(max(var, eps)), with mean and variance over the mask."""
     x = _up(x)
@@ -235,7 +245,8 @@ def whiten(
     rstd = torch.rsqrt(var + eps if eps_mode == "add" else var.clamp(min=eps))
     mean, rstd = mean.to(x.dtype), rstd.to(x.dtype)
     whitened = (x - mean) * rstd if center else (x - mean) * rstd + mean
-    return torch.where(mask, whitened, 0) if zero_masked else whitened
+    whitened = torch.where(mask, whitened, 0) if zero_masked else whitened
+    return whitened if out is None else out.copy_(whitened)
 
 
 _whiten = whiten  # kl_gae has a flag of that name

@@ -55,9 +55,11 @@ def gae(
     *,
     gamma: float = 1.0,
     lam: float | Tensor = 0.95,
+    value_lam: float | Tensor | None = None,
     holes: str = "carry",
     bootstrap: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438).
@@ -69,10 +71,12 @@ def gae(
         mask: same shape, bool: trainable tokens. It may have holes (tool or observation tokens).
         gamma: discount in [0, 1].
         lam: in [0, 1], a number or one per sequence (B,).
+        value_lam: likewise, of the returns, where it is not lam (decoupled GAE: VC-PPO, arXiv:2503.01491).
         holes: "carry" steps over masked tokens between trainable ones, tp1 being the next trainable one (verl, NeMo-RL,
             AReaL); "decay" runs through them with r = V = 0 (OpenRLHF). Behind the last trainable token is padding.
         bootstrap: (B,) value after the last trainable token of truncated responses; None is 0.
         cu_seqlens: (B + 1,) int32 or int64 offsets of packed sequences.
+        out: contiguous tensors like the results, to be filled and returned.
         backend: None, or a name (see `available`).
 
     Returns:
@@ -84,10 +88,16 @@ def gae(
     op = "gae"
     checks.floating(op, rewards=rewards, values=values)
     checks.like(op, {"rewards": rewards}, values=values, mask=mask)
-    _check_recursion(op, {"rewards": rewards}, mask, gamma, lam, holes, bootstrap, cu_seqlens)
+    count = _check_recursion(op, {"rewards": rewards}, mask, gamma, lam, holes, bootstrap, cu_seqlens)
+    if value_lam is not None:
+        _check_lambda(op, {"rewards": rewards}, count, value_lam=value_lam)
+    if out is not None:
+        for name, tensor in zip(("out[0]", "out[1]"), out, strict=True):
+            checks.output(op, {"rewards": rewards, "values": values}, **{name: tensor})
     return select(op, backend, rewards.device.type)(
-        rewards, values, mask, gamma=gamma, lam=lam, holes=holes, bootstrap=bootstrap, cu_seqlens=cu_seqlens
-    )
+        rewards, values, mask, gamma=gamma, lam=lam, value_lam=value_lam, holes=holes, bootstrap=bootstrap,
+        cu_seqlens=cu_seqlens, out=out,
+    )  # fmt: skip
 
 
 def whiten(
@@ -99,6 +109,7 @@ def whiten(
     eps: float = 1e-8,
     eps_mode: str = "add",
     zero_masked: bool = True,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Mean 0 and variance 1 over the mask. No token, one token and equal values give finite zeros.
@@ -110,6 +121,7 @@ def whiten(
         eps: with eps_mode "add", rsqrt(var + eps) (verl, TRL, OAI); with "max", rsqrt(max(var, eps)) (OpenRLHF).
         eps_mode: see eps.
         zero_masked: False shifts and scales masked positions like the others instead (verl, OpenRLHF).
+        out: a contiguous tensor like the result, to be filled and returned; may be x.
         backend: None, or a name (see `available`).
 
     Returns:
@@ -120,8 +132,11 @@ def whiten(
     checks.like(op, {"x": x}, mask=mask)
     checks.one_of(op, "eps_mode", eps_mode, ("add", "max"))
     checks.positive(op, eps=eps)
-    function = select(op, backend, x.device.type)
-    return function(x, mask, center=center, ddof=ddof, eps=eps, eps_mode=eps_mode, zero_masked=zero_masked)
+    if out is not None:
+        checks.output(op, {"x": x}, out=out)
+    return select(op, backend, x.device.type)(
+        x, mask, center=center, ddof=ddof, eps=eps, eps_mode=eps_mode, zero_masked=zero_masked, out=out
+    )
 
 
 def kl_gae(
@@ -190,11 +205,16 @@ def _check_recursion(
 ) -> int:
     count = checks.sequences(op, mask, cu_seqlens, name=next(iter(reference)))
     checks.per_sequence(op, count, reference, bootstrap=bootstrap)
-    if isinstance(lam, Tensor):
-        checks.per_sequence(op, count, reference, lam=lam)
-    elif not 0 <= lam <= 1:
-        raise ValueError(f"{op}: lam must lie between 0 and 1, got {lam}")
+    _check_lambda(op, reference, count, lam=lam)
     if not 0 <= gamma <= 1:
         raise ValueError(f"{op}: gamma must lie between 0 and 1, got {gamma}")
     checks.one_of(op, "holes", holes, HOLES)
     return count
+
+
+def _check_lambda(op: str, reference: dict[str, Tensor], count: int, **lambdas: float | Tensor) -> None:
+    for name, lam in lambdas.items():
+        if isinstance(lam, Tensor):
+            checks.per_sequence(op, count, reference, **{name: lam})
+        elif not 0 <= lam <= 1:
+            raise ValueError(f"{op}: {name} must lie between 0 and 1, got {lam}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_engine import reference
-from rlhf_engine.ops import tiled_head
+from rlhf_engine.ops import compiled, tiled_head
 
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _RUNS_ON = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # the device type a backend needs; the reference needs none
@@ -31,6 +31,9 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
 }
 _TABLE["linear_logprobs"]["cpu"] = tiled_head.linear_logprobs
 _TABLE["linear_policy_loss"]["cpu"] = tiled_head.linear_policy_loss
+if compiled.AVAILABLE:
+    for _op in compiled.OPS:
+        _TABLE[_op]["cpu"] = getattr(compiled, _op)
 
 
 def available(op: str) -> tuple[str, ...]:

@@ -109,3 +109,13 @@ def per_sequence(op: str, count: int, reference: dict[str, Tensor], **tensors: T
             raise ValueError(f"{op}: {name} {shape(x)} must hold one number per sequence: ({count},)")
         floating(op, **{name: x})
         same_device(op, reference, **{name: x})
+
+
+def output(op: str, inputs: dict[str, Tensor], **tensors: Tensor) -> None:
+    """Contiguous, of the inputs' shape and device and the result's dtype: what is written to directly."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs.values()) else torch.float32
+    first = dict([next(iter(inputs.items()))])
+    for name, x in tensors.items():
+        like(op, first, **{name: x})
+        if x.dtype != dtype or not x.is_contiguous() or x.requires_grad:
+            raise ValueError(f"{op}: {name} must be contiguous {dtype} without gradient")

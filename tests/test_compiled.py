@@ -1,0 +1,379 @@
+"""The ops in C++ against the reference in float64: as exact as PyTorch in float32, blind under masks, repeatable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlhf_engine import native, ops
+
+pytestmark = pytest.mark.skipif(not native.load(), reason=f"no native extension: {native.why_missing()}")
+
+KINDS = ("k1", "abs", "k2", "k3")
+BOUNDS = st.sampled_from([None, 1.0, (-0.5, None), (None, 0.7)])
+CASES = settings(max_examples=200, deadline=None)
+# 256 and 512 are tiles of the CPU path, 4096 a block in which it counts tokens.
+LENGTHS = st.sampled_from([0, 1, 2, 3, 7, 31, 255, 256, 257, 511, 512, 513, 769, 4097])
+
+
+@dataclass
+class Case:
+    """A padded batch; masks with holes, padding, both or neither, and sequences without a token."""
+
+    seed: int
+    count: int
+    length: int
+    keep: float
+    padded: bool
+
+    def tensors(self, number: int) -> list[Tensor]:
+        g = torch.Generator().manual_seed(self.seed)
+        return [torch.randn(self.count, self.length, generator=g) for _ in range(number)]
+
+    def mask(self) -> Tensor:
+        g = torch.Generator().manual_seed(self.seed + 1)
+        kept = torch.rand(self.count, self.length, generator=g) < self.keep
+        lengths = torch.randint(0, self.length + 1, (self.count, 1), generator=g)
+        return kept & (torch.arange(self.length) < lengths) if self.padded else kept
+
+    def per_sequence(self, number: int) -> list[Tensor]:
+        g = torch.Generator().manual_seed(self.seed + 2)
+        return [torch.rand(self.count, generator=g) for _ in range(number)]
+
+
+cases = st.builds(
+    Case, st.integers(0, 2**20), st.integers(0, 9), LENGTHS, st.sampled_from([0.0, 0.05, 0.6, 1.0, 1.0]), st.booleans()
+)
+recursion = st.fixed_dictionaries(
+    {
+        "gamma": st.sampled_from([1.0, 0.99, 0.5, 0.0]), "lam": st.sampled_from([1.0, 0.95, 0.0, "each"]),
+        "holes": st.sampled_from(["carry", "decay"]), "bootstrap": st.booleans(),
+    }
+)  # fmt: skip
+
+
+def options(case: Case, drawn: dict[str, Any]) -> dict[str, Any]:
+    lam, bootstrap = case.per_sequence(2)
+    each = {"each": lam}
+    return drawn | {
+        "lam": each.get(drawn["lam"], drawn["lam"]), "bootstrap": bootstrap if drawn["bootstrap"] else None,
+    }  # fmt: skip
+
+
+def doubled(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+
+
+def check(function: Callable[..., Any], *tensors: Tensor, **arguments: Any) -> Any:
+    """Ours is no further from float64 than 1.5 times what the reference in float32 is; a few roundings are free."""
+    ours = function(*tensors, **arguments, backend="cpu")
+    plain = function(*tensors, **arguments, backend="reference")
+    exact = function(
+        *map(doubled, tensors), **{k: doubled(v) for k, v in arguments.items()}, backend="reference"
+    )  # fmt: skip
+    for (name, a), (_, b), (_, c) in zip(parts(ours), parts(plain), parts(exact), strict=True):
+        compare(name, a, b, c)
+    return ours
+
+
+def parts(result: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of a result by name."""
+    if isinstance(result, Tensor):
+        return [("result", result)]
+    if isinstance(result, tuple):
+        return [(f"{i}/{name}", x) for i, each in enumerate(result) for name, x in parts(each)]
+    if isinstance(result, dict):
+        return sorted(result.items())
+    return [(f.name, getattr(result, f.name)) for f in fields(result)]
+
+
+def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    assert ours.shape == exact.shape and (ours.dtype == plain.dtype or ours.numel() <= 1), name
+    ours, plain, exact = ours.double(), plain.double(), exact.double()
+    free = 8 * 2.0**-24 * max(1.0, float(exact.abs().max()) if exact.numel() else 0.0)
+    error, allowed = (float((x - exact).abs().max()) if exact.numel() else 0.0 for x in (ours, plain))
+    assert error <= 1.5 * allowed + free, f"{name}: off by {error:.2e}, the reference in float32 by {allowed:.2e}"
+
+
+@CASES
+@given(cases, recursion, st.sampled_from([None, 0.5, "each"]))
+def test_gae(case: Case, drawn: dict[str, Any], value_lam: Any) -> None:
+    rewards, values = case.tensors(2)
+    value_lam = case.per_sequence(3)[2] if value_lam == "each" else value_lam
+    check(ops.gae, rewards, values, case.mask(), **options(case, drawn), value_lam=value_lam)
+
+
+@CASES
+@given(
+    cases, recursion, st.sampled_from(KINDS), BOUNDS, BOUNDS, st.sampled_from(["last", "after"]),
+    st.sampled_from([None, 0.5]), st.booleans(),
+)  # fmt: skip
+def test_kl_gae(
+    case: Case, drawn: dict[str, Any], kind: str, diff: Any, value: Any, place: str, clip: float | None, whiten: bool
+) -> None:
+    logprobs, ref_logprobs, values = case.tensors(3)
+    (scores,) = case.per_sequence(1)
+    check(
+        ops.kl_gae, scores, logprobs, ref_logprobs, values, case.mask(), kl_coef=0.3, kl_kind=kind,
+        kl_clamp_diff=diff, kl_clamp_value=value, score_at=place, score_clip=clip, whiten=whiten,
+        **options(case, drawn),
+    )  # fmt: skip
+
+
+@CASES
+@given(cases, st.booleans(), st.sampled_from([0, 1]), st.sampled_from(["add", "max"]), st.booleans())
+def test_whiten(case: Case, center: bool, ddof: int, eps_mode: str, zero_masked: bool) -> None:
+    x = case.tensors(1)[0] * 3 + 1
+    check(ops.whiten, x, case.mask(), center=center, ddof=ddof, eps_mode=eps_mode, zero_masked=zero_masked)
+
+
+def with_gradients(function: Callable[..., Any], inputs: int) -> Callable[..., Any]:
+    """Adds the gradients of the first inputs to the result."""
+
+    def run(*tensors: Tensor, **arguments: Any) -> Any:
+        leaves = [x.detach().clone().requires_grad_() for x in tensors[:inputs]]
+        extra, wanted = dict(arguments), list(leaves)
+        if arguments.get("entropy") is not None:
+            extra["entropy"] = arguments["entropy"].detach().clone().requires_grad_()
+            wanted.append(extra["entropy"])
+        result = function(*leaves, *tensors[inputs:], **extra)
+        total = (result[0] if isinstance(result, tuple) else result).sum()
+        gradients = (
+            torch.autograd.grad(total * 1.5, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted)
+        )
+        filled = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients, strict=True))
+        detached = (result[0].detach(), result[1]) if isinstance(result, tuple) else result.detach()
+        return detached, filled
+
+    return run
+
+
+@CASES
+@given(cases, st.sampled_from([k + plus for k in KINDS for plus in ("", "+")]), BOUNDS, BOUNDS)
+def test_kl_estimate(case: Case, kind: str, diff: Any, value: Any) -> None:
+    check(with_gradients(ops.kl_estimate, 2), *case.tensors(2), kind=kind, clamp_diff=diff, clamp_value=value)
+
+
+@CASES
+@given(
+    cases, st.sampled_from([(0.2, 0.2), (0.0, 0.0), (0.1, 0.4)]), st.sampled_from([None, 1.5]),
+    st.sampled_from([None, "k1", "abs", "k2", "k3", "k1+", "k3+"]),
+    st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    st.sampled_from([None, 7.0, "tensor", 0.0]), st.sampled_from([0.3, 15.0]),
+)  # fmt: skip
+def test_ppo_loss(
+    case: Case, clip: tuple[float, float], dual: float | None, kl: str | None, given_: tuple[bool, bool, bool],
+    denom: Any, spread: float,
+) -> None:  # fmt: skip
+    old, noise, advantages, ref, entropy, weights, importance = case.tensors(7)
+    has_entropy, has_weights, has_importance = given_
+    if has_weights and denom is None:
+        denom = 3.0
+    check(
+        with_gradients(ops.ppo_loss, 1), old + spread * noise, old, advantages, case.mask(), clip_low=clip[0],
+        clip_high=clip[1], dual_clip=dual, ref_logprobs=ref if kl else None, kl_coef=0.1 if kl else 0.0,
+        kl_kind=kl or "k3", entropy=entropy if has_entropy else None, entropy_coef=0.01 if has_entropy else 0.0,
+        weights=weights.abs() if has_weights else None, is_weights=importance.abs() if has_importance else None,
+        denom=torch.tensor(5.0) if denom == "tensor" else denom,
+    )  # fmt: skip
+
+
+@CASES
+@given(cases, st.sampled_from([None, 0.2, 1.0]), st.booleans())
+def test_value_loss(case: Case, clip: float | None, weighted: bool) -> None:
+    values, old, returns, weights = case.tensors(4)
+    check(
+        with_gradients(ops.value_loss, 1), values, old, returns, case.mask(), clip=clip,
+        weights=weights.abs() if weighted else None, denom=11.0 if weighted else None,
+    )  # fmt: skip
+
+
+def every_op(case: Case, mask: Tensor, *, change: Callable[[Tensor], Tensor] = lambda x: x) -> list[tuple[str, Tensor]]:
+    """Results and gradients of all ops on one batch; `change` is applied to every input shaped like the mask."""
+    a, b, c, d, e, f, g = map(change, case.tensors(7))
+    (scores,) = case.per_sequence(1)
+    results = {
+        "kl_estimate": with_gradients(ops.kl_estimate, 2)(a, b, kind="k3", backend="cpu"),
+        "gae": ops.gae(a, b, mask, backend="cpu"),
+        "gae2": ops.gae(a, b, mask, holes="decay", value_lam=0.5, backend="cpu"),
+        "whiten": ops.whiten(a, mask, backend="cpu"),
+        "kl_gae": ops.kl_gae(scores, a, b, c, mask, kl_coef=0.1, score_at="after", backend="cpu"),
+        "ppo_loss": with_gradients(ops.ppo_loss, 1)(
+            a, b, c, mask, dual_clip=2.0, is_weights=d, entropy=e, entropy_coef=0.1, ref_logprobs=f, kl_coef=0.1,
+            weights=g, denom=3.0, backend="cpu",
+        ),
+        "value_loss": with_gradients(ops.value_loss, 1)(a, b, c, mask, backend="cpu"),
+    }  # fmt: skip
+    return [(f"{op}/{name}", x) for op, result in results.items() for name, x in parts(result)]
+
+
+SOME = [
+    Case(0, 9, 700, 0.6, True),
+    Case(1, 3, 257, 1.0, True),
+    Case(2, 40, 33, 0.9, False),
+    Case(3, 2, 5000, 0.05, False),
+]
+
+
+def assert_same_bits(first: list[tuple[str, Tensor]], second: list[tuple[str, Tensor]]) -> None:
+    for (name, x), (_, y) in zip(first, second, strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 1e38, -7.0])
+@pytest.mark.parametrize("case", SOME)
+def test_what_is_masked_is_never_read(case: Case, poison: float) -> None:
+    mask = case.mask()
+    clean = [x for x in every_op(case, mask) if not x[0].startswith("kl_estimate")]  # has no mask
+    dirty = [
+        x for x in every_op(case, mask, change=lambda x: x.where(mask, poison)) if not x[0].startswith("kl_estimate")
+    ]
+    # score_at="after" reads the value behind the last token, which is not the mask's.
+    skip = ("kl_gae/advantages", "kl_gae/returns")
+    assert_same_bits([x for x in clean if x[0] not in skip], [x for x in dirty if x[0] not in skip])
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_again_and_with_another_number_of_threads(case: Case) -> None:
+    mask, threads = case.mask(), torch.get_num_threads()
+    first = every_op(case, mask)
+    try:
+        for number in (1, 2, 3, threads):
+            torch.set_num_threads(number)
+            assert_same_bits(first, every_op(case, mask))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_strided_inputs_and_inputs_stay_as_they_are(case: Case) -> None:
+    mask = case.mask()
+    inputs = case.tensors(7)
+    strided = every_op(case, mask.T.contiguous().T, change=lambda x: torch.stack([x, x], -1)[..., 0])
+    assert_same_bits(every_op(case, mask), strided)
+    for before, after in zip(inputs, case.tensors(7), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_padded_and_packed_have_the_same_bits(case: Case) -> None:
+    """Sequences of their own lengths, in rows with padding behind and one after the other."""
+    a, b, c = case.tensors(3)
+    lengths = torch.randint(0, case.length + 1, (case.count,), generator=torch.Generator().manual_seed(9))
+    inside = torch.arange(case.length) < lengths[:, None]
+    mask, offsets = case.mask() & inside, torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    (scores,) = case.per_sequence(1)
+    for holes in ("carry", "decay"):
+        padded = ops.kl_gae(scores, a, b, c, mask, kl_coef=0.1, holes=holes, backend="cpu")
+        packed = ops.kl_gae(
+            scores, a[inside], b[inside], c[inside], mask[inside], kl_coef=0.1, holes=holes, cu_seqlens=offsets,
+            backend="cpu",
+        )  # fmt: skip
+        for (name, x), (_, y) in zip(parts(padded), parts(packed), strict=True):
+            assert torch.equal(x[inside], y), name
+    for padded_loss, packed_loss in (
+        (
+            ops.ppo_loss(a, b, c, mask, backend="cpu"),
+            ops.ppo_loss(a[inside], b[inside], c[inside], mask[inside], backend="cpu"),
+        ),
+        (ops.whiten(a, mask, backend="cpu")[inside], ops.whiten(a[inside], mask[inside], backend="cpu")),
+    ):  # fmt: skip
+        assert_same_bits(parts(padded_loss), parts(packed_loss))
+
+
+def test_results_may_be_given_a_place() -> None:
+    case = SOME[0]
+    a, b = case.tensors(2)
+    mask, out = case.mask(), (torch.full((9, 700), 7.0), torch.full((9, 700), 7.0))
+    assert ops.gae(a, b, mask, out=out)[0] is out[0]
+    assert_same_bits(parts(out), parts(ops.gae(a, b, mask)))
+    whitened = ops.whiten(out[0], mask)
+    assert ops.whiten(out[0], mask, out=out[0]) is out[0] and torch.equal(out[0], whitened)
+    with pytest.raises(ValueError, match=r"gae: out\[1\] must be contiguous torch.float32"):
+        ops.gae(a, b, mask, out=(out[0], out[1].T.contiguous().T))
+
+
+def test_positions_beyond_two_to_the_31() -> None:
+    """The tensors are never touched but for their last tokens, so the system commits next to no memory."""
+    size, tokens = 2**31 + 4096, 700
+    mask, x = torch.zeros(size, dtype=torch.bool), torch.empty(size)
+    mask[-tokens:], x[-tokens:] = True, torch.randn(tokens)
+    with torch.no_grad():
+        far, metrics = ops.ppo_loss(x, x, x, mask, backend="cpu")
+        near, _ = ops.ppo_loss(*(x[-tokens:] for _ in range(3)), mask[-tokens:], backend="cpu")
+    assert torch.equal(far, near) and metrics["policy_tokens"] == tokens
+
+
+def test_denormals_survive() -> None:
+    tiny = torch.full((1, 4), 1e-40)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    assert (ops.gae(tiny, torch.zeros(1, 4), mask, gamma=0.0, backend="cpu")[0] == tiny).all()
+
+
+def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
+    """Every registered operator with arguments as the front door passes them."""
+    case = Case(5, 3, 40, 0.7, True)
+    a, b, c, d, e, f, g = case.tensors(7)
+    mask, (scores, lam) = case.mask(), case.per_sequence(2)
+    inf = float("inf")
+    bounds = (-inf, inf, -inf, inf)
+    leaf = a.clone().requires_grad_()
+    return [
+        ("gae", (a, b, mask, lam.double(), None, scores, None, 0.9, 0.0, 0.95, True, True)),
+        ("gae_out", (a, b, mask, None, None, None, None, 0.9, 0.9, 0.9, False, False, c.clone(), d.clone())),
+        ("whiten", (a, mask, 0, 1e-8, True, True, True)),
+        ("whiten_out", (a, mask, 0, 1e-8, True, True, True, c.clone())),
+        ("kl_gae", (scores, a, b, c, mask, None, None, None, 2, *bounds, 0.1, inf, True, 0.9, 0.9, False, True)),
+        ("kl_estimate", (leaf, b, 3, False, *bounds, True)),
+        (
+            "ppo_loss",
+            (leaf, b, c, mask, d, e.clone().requires_grad_(), f, g, torch.tensor(3.0), -1.0, 0.2, 0.2, 3.0, 0.1, 0.1, 3,
+             False, True),
+        ),
+        ("value_loss", (leaf, b, c, mask, None, None, 5.0, 0.2, True)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, arguments", operator_calls(), ids=lambda x: x if isinstance(x, str) else "")
+def test_operators_are_registered_as_torch_wants_them(name: str, arguments: tuple[Any, ...]) -> None:
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    outcome = torch.library.opcheck(getattr(torch.ops.rlhf_engine, name).default, arguments, test_utils=tests)
+    assert set(outcome.values()) == {"SUCCESS"}, outcome
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+def test_compiled_functions_give_the_same_bits() -> None:
+    case = Case(6, 5, 300, 0.8, True)
+    mask, (scores,) = case.mask(), case.per_sequence(1)
+
+    def step(new: Tensor, old: Tensor, ref: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        shaped = ops.kl_gae(scores, old, ref, values, mask, kl_coef=0.1, backend="cpu")
+        policy, metrics = ops.ppo_loss(new, old, shaped.advantages, mask, backend="cpu")
+        value, _ = ops.value_loss(values * 2, values, shaped.returns, mask, backend="cpu")
+        kl = ops.kl_estimate(new, ref, kind="k3", backend="cpu").where(mask, 0).sum()
+        white = ops.whiten(shaped.returns, mask, backend="cpu")
+        return policy + value + 0.1 * kl, metrics["approx_kl_k3_sum"], white, *ops.gae(old, values, mask, backend="cpu")
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        new, *rest = case.tensors(4)
+        new.requires_grad_()
+        out = function(new, *rest)
+        out[0].backward()
+        results.append([("", x.detach()) for x in (*out, new.grad)])
+    assert_same_bits(*results)
+
+
+def test_a_loss_backward_twice_is_pytorchs_own_error() -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    loss, _ = ops.ppo_loss(x, x.detach(), torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool), backend="cpu")
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
