@@ -6,11 +6,8 @@ vocabulary, the reward model's features of 4096 texts.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
+from measure import check, seconds
 from torch import Tensor
 
 from rlhf_engine import ops, rollout
@@ -19,27 +16,8 @@ from rlhf_engine.byte_dropout import ByteDropout
 TOKENS, WIDTH, VOCABULARY = 320, 576, 49_152
 
 
-def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median of some runs, after one that is not counted."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def show(what: str, plain: float, ours: float, note: str = "") -> None:
     print(f"{what:34} {plain * 1e3:9.1f} ms {ours * 1e3:9.1f} ms {plain / ours:7.1f}x  {note}", flush=True)
-
-
-def closest(op: str, ours: Tensor, plain: Tensor, bound: float) -> None:
-    error = float((ours - plain).abs().max() / plain.abs().max())
-    if not error <= bound:
-        raise SystemExit(
-            f"{op}: the answers differ by {error:.1e} of the largest, more than {bound:.0e}; no time shown"
-        )
 
 
 def head() -> None:
@@ -63,8 +41,8 @@ def head() -> None:
         assert leaf.grad is not None
         return leaf.grad
 
-    closest("linear_logprobs", score("cpu"), score("reference"), 1e-5)
-    closest("linear_policy_loss", update("cpu"), update("reference"), 1e-4)
+    check("linear_logprobs", score("cpu"), score("reference"), 1e-5)
+    check("linear_policy_loss", update("cpu"), update("reference"), 1e-4)
     product = 2 * TOKENS * WIDTH * VOCABULARY
     for name, work, products in (("score the head", score, 1), ("update through the head", update, 2)):
         plain, ours = seconds(lambda work=work: work("reference")), seconds(lambda work=work: work("cpu"))
@@ -78,7 +56,7 @@ def sampling() -> None:
     probabilities = torch.softmax(torch.randn(64, VOCABULARY), 1)
     few = torch.tensor([0.1, 0.0, 0.6, 0.3]).expand(100_000, 4)
     drawn = rollout.choose(few, torch.rand(len(few), dtype=torch.float64)).bincount(minlength=4) / len(few)
-    closest("choose", drawn, few[0], 0.02)
+    check("choose", drawn, few[0], 0.02)
     plain = seconds(lambda: torch.multinomial(probabilities, 1))
     show("sample a token", plain, seconds(lambda: rollout.choose(probabilities, torch.rand(64, dtype=torch.float64))))
 
@@ -87,7 +65,7 @@ def dropout() -> None:
     """On the reward model's features."""
     features, ours = torch.randn(4096, 8 * WIDTH), ByteDropout(0.3)
     kept = ours(torch.ones(1000, 1000))
-    closest("dropout", kept.mean(), torch.ones(()), 0.01)
+    check("dropout", kept.mean(), torch.ones(()), 0.01)
     plain = seconds(lambda: torch.nn.functional.dropout(features, 0.3))
     show("dropout of the features", plain, seconds(lambda: ours(features)))
 

@@ -6,34 +6,16 @@ Answers are compared before a time is printed. verl is optional: `pip install --
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
 
 import torch
+from measure import check, seconds
 from torch import Tensor
 
 from rlhf_engine import ops
 
 SHAPE = (1024, 32_768)
 TOKENS = 131_072
-
-
-def seconds(work: Callable[[], object], repeats: int = 9) -> float:
-    """Median of some runs, after one that is not counted."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def same(ours: Tensor, theirs: Tensor, bound: float) -> None:
-    error = float((ours - theirs).abs().max())
-    if not error <= bound:
-        raise SystemExit(f"the answers differ by {error:.1e}, more than {bound:.0e}; no time shown")
 
 
 def advantages() -> None:
@@ -60,7 +42,7 @@ def advantages() -> None:
     gamma, lam = torch.tensor(1.0), torch.tensor(0.95)
     whitened, _ = compute_gae_advantage_return(rewards, values, mask.float(), gamma, lam)
     theirs = time.perf_counter() - start
-    same(given(), whitened, 1e-5)
+    check("gae and whitening", given(), whitened, 1e-5)
     print(f"  verl's compute_gae_advantage_return: {theirs:.1f} s, {theirs / ours:.0f}x and {theirs / ours_fresh:.0f}x")
 
 
@@ -76,7 +58,7 @@ def policy_loss() -> None:
         assert logprobs.grad is not None
         return logprobs.grad
 
-    same(step("cpu") * TOKENS, step("reference") * TOKENS, 1e-4)
+    check("ppo_loss", step("cpu"), step("reference"), 1e-5)
     ours, plain = seconds(lambda: step("cpu"), 50), seconds(lambda: step("reference"), 20)
     print(
         f"ppo_loss, {TOKENS:,} tokens, forward and backward: {ours * 1e3:.2f} ms, reference {plain * 1e3:.2f} ms, "

@@ -47,55 +47,61 @@ struct Buffer {
 
 __device__ int padded(int i) { return i + i / kItems; }
 
-__device__ void limits(const Gae& op, long number, Sequence& s) {
+__device__ Sequence limits(const Gae& op, long number) {
+  Sequence s;
   s.number = number;
   s.begin = op.sequences.offsets ? op.sequences.offsets[number] : number * op.sequences.length;
   s.end = op.sequences.offsets ? op.sequences.offsets[number + 1] : s.begin + op.sequences.length;
+  s.place = s.begin - 1;
   s.decay = static_cast<float>(op.gamma * (op.lam ? op.lam[number] : op.lam_all));
   const double value_lam = op.value_lam ? op.value_lam[number] : op.value_lam_all;
   s.value_decay = op.two_lambdas ? static_cast<float>(op.gamma * value_lam) : s.decay;
+  return s;
 }
 
-// The last true position of [begin, end) that this lane or thread sees among `stride` others, 16 at a time.
-__device__ long last_seen(const bool* mask, long begin, long end, int me, int stride) {
-  long found = begin - 1;
+// The last true position of [low, end) that a warp sees, each lane as number `me` of `stride` threads, 16 each; or low - 1.
+__device__ long last_seen(const bool* mask, long low, long end, int me, int stride) {
+  long found = low - 1;
   for (int i = 0; i < kItems; ++i) {
     const long p = end - 1 - me - static_cast<long>(i) * stride;
-    if (p >= begin && p > found && mask[p]) found = p;
+    if (p > found && mask[p]) found = p;
+  }
+  for (int o = kWarp / 2; o; o /= 2) {
+    const long other = __shfl_xor_sync(kAllLanes, found, o);
+    found = other > found ? other : found;
   }
   return found;
 }
 
-__device__ void find_place_by_warp(const Gae& op, Sequence& s, int lane) {
-  s.place = s.begin - 1;
-  for (long end = s.end; end > s.begin && s.place < s.begin; end -= kTile) {
-    const long low = end - kTile > s.begin ? end - kTile : s.begin;
-    long found = last_seen(op.sequences.mask, low, end, lane, kWarp);
-    for (int o = kWarp / 2; o; o /= 2) {
-      const long other = __shfl_xor_sync(kAllLanes, found, o);
-      found = other > found ? other : found;
-    }
-    if (found >= low) s.place = found;
-  }
+__device__ void leave_room_for_score(const Gae& op, Sequence& s) {
   if (op.shaped && op.shaping.after && s.place >= s.begin && s.place + 1 < s.end) ++s.place;
 }
 
-__device__ void find_place_by_block(const Gae& op, Sequence& s, long* shared) {
-  s.place = s.begin - 1;
+__device__ Sequence sequence_of_warp(const Gae& op, long number, int lane) {
+  Sequence s = limits(op, number);
+  for (long end = s.end; end > s.begin && s.place < s.begin; end -= kTile) {
+    const long low = end - kTile > s.begin ? end - kTile : s.begin;
+    const long found = last_seen(op.sequences.mask, low, end, lane, kWarp);
+    if (found >= low) s.place = found;
+  }
+  leave_room_for_score(op, s);
+  return s;
+}
+
+__device__ Sequence sequence_of_block(const Gae& op, long number) {
+  __shared__ long seen[kWarps];
+  Sequence s = limits(op, number);
   for (long end = s.end; end > s.begin && s.place < s.begin; end -= kThreads * kItems) {
     const long low = end - kThreads * kItems > s.begin ? end - kThreads * kItems : s.begin;
-    long found = last_seen(op.sequences.mask, low, end, threadIdx.x, kThreads);
-    for (int o = kWarp / 2; o; o /= 2) {
-      const long other = __shfl_xor_sync(kAllLanes, found, o);
-      found = other > found ? other : found;
-    }
-    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = found;
+    const long found = last_seen(op.sequences.mask, low, end, threadIdx.x, kThreads);
+    if (threadIdx.x % kWarp == 0) seen[threadIdx.x / kWarp] = found;
     __syncthreads();
     for (int w = 0; w < kWarps; ++w)
-      if (shared[w] >= low && shared[w] > s.place) s.place = shared[w];
+      if (seen[w] >= low && seen[w] > s.place) s.place = seen[w];
     __syncthreads();
   }
-  if (op.shaped && op.shaping.after && s.place >= s.begin && s.place + 1 < s.end) ++s.place;
+  leave_room_for_score(op, s);
+  return s;
 }
 
 __device__ float shaped_reward(const Gae& op, const Sequence& s, long p, bool trainable, bool write) {
@@ -227,9 +233,7 @@ __global__ void __launch_bounds__(kThreads) warp_per_sequence(Gae op) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const long number = static_cast<long>(blockIdx.x) * kWarps + warp;
   if (number >= op.sequences.count) return;
-  Sequence s;
-  limits(op, number, s);
-  find_place_by_warp(op, s, lane);
+  const Sequence s = sequence_of_warp(op, number, lane);
   clear(op, s.place + 1, s.end, lane, kWarp);
   Carry carry{0.f, 0.f};
   Moments sequence{}, chunk{};
@@ -253,11 +257,8 @@ __global__ void __launch_bounds__(kThreads) block_per_chunk(Gae op, const Map* m
   __shared__ Map own[kWarps];
   __shared__ Map behind[kThreads];
   __shared__ Moments parts[kWarps];
-  __shared__ long places[kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  Sequence s;
-  limits(op, blockIdx.x, s);
-  find_place_by_block(op, s, places);
+  const Sequence s = sequence_of_block(op, blockIdx.x);
   const long cleared = all_chunks ? s.begin : s.begin + static_cast<long>(blockIdx.y) * kChunk;
   clear(op, cleared > s.place + 1 ? cleared : s.place + 1, all_chunks || cleared + kChunk > s.end ? s.end : cleared + kChunk, threadIdx.x, kThreads);
   Carry carry{0.f, 0.f};
@@ -296,11 +297,8 @@ __global__ void __launch_bounds__(kThreads) block_per_chunk(Gae op, const Map* m
 
 __global__ void __launch_bounds__(kThreads) maps_of_all_tiles(Gae op, Map* maps, long tiles_per_sequence) {
   __shared__ Buffer buffers[kWarps];
-  __shared__ long places[kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  Sequence s;
-  limits(op, blockIdx.x, s);
-  find_place_by_block(op, s, places);
+  const Sequence s = sequence_of_block(op, blockIdx.x);
   const long tile = static_cast<long>(blockIdx.y) * kWarps + warp, high = s.place - tile * kTile;
   const Map map = map_of(op, s, high, tile_count(s, high), lane, false, buffers[warp]);
   if (lane == kWarp - 1 && tile < tiles_per_sequence) maps[s.number * tiles_per_sequence + tile] = map;

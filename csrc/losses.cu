@@ -52,8 +52,6 @@ __device__ float scale_of(const float* denom, double number, const Workspace& wo
   return static_cast<float>(total > 0.0 ? 1.0 / total : 1.0);
 }
 
-__device__ void add(double* sums, int metric, double x) { sums[metric] += x; }
-
 __device__ void token(const PolicyLoss& op, long i, float scale, double* sums) {
   const float logprob = op.logprobs[i];
   const PolicyToken t = policy_token(op.options, logprob, op.old_logprobs[i], op.advantages[i]);
@@ -61,7 +59,7 @@ __device__ void token(const PolicyLoss& op, long i, float scale, double* sums) {
   if (op.is_weights) loss *= op.is_weights[i], derivative *= op.is_weights[i];
   if (op.entropy) {
     loss -= op.entropy_coef * op.entropy[i];
-    add(sums, kEntropy, op.entropy[i]);
+    sums[kEntropy] += op.entropy[i];
   }
   if (op.ref_logprobs) {
     const float d = logprob - op.ref_logprobs[i];
@@ -73,12 +71,12 @@ __device__ void token(const PolicyLoss& op, long i, float scale, double* sums) {
   const float weight = op.weights ? op.weights[i] : 1.f;
   if (op.grad_logprobs) op.grad_logprobs[i] = derivative * (weight * scale);
   if (op.grad_entropy) op.grad_entropy[i] = -op.entropy_coef * (weight * scale);
-  add(sums, kLoss, loss * weight);
-  add(sums, kClipped, t.clipped);
-  add(sums, kClippedLow, t.clipped_low);
-  add(sums, kKl1Sum, -t.log_ratio);
-  add(sums, kKl3Sum, k3_estimate(-t.log_ratio, t.ratio));
-  add(sums, kRatio, t.ratio);
+  sums[kLoss] += loss * weight;
+  sums[kClipped] += t.clipped;
+  sums[kClippedLow] += t.clipped_low;
+  sums[kKl1Sum] += -t.log_ratio;
+  sums[kKl3Sum] += k3_estimate(-t.log_ratio, t.ratio);
+  sums[kRatio] += t.ratio;
   const double size = fabsf(t.log_ratio);
   if (size > sums[kLogRatioMax] || size != size) sums[kLogRatioMax] = size;
 }
@@ -94,13 +92,13 @@ __device__ void token(const ValueLoss& op, long i, float scale, double* sums) {
   const float weight = op.weights ? op.weights[i] : 1.f;
   if (op.grad_values) op.grad_values[i] = t.derivative * (weight * scale);
   const double error = static_cast<double>(target) - value;
-  add(sums, kValueLoss, t.loss * weight);
-  add(sums, kValue, value);
-  add(sums, kValueClipped, t.clipped);
-  add(sums, kReturn, target);
-  add(sums, kReturnSquare, static_cast<double>(target) * target);
-  add(sums, kError, error);
-  add(sums, kErrorSquare, error * error);
+  sums[kValueLoss] += t.loss * weight;
+  sums[kValue] += value;
+  sums[kValueClipped] += t.clipped;
+  sums[kReturn] += target;
+  sums[kReturnSquare] += static_cast<double>(target) * target;
+  sums[kError] += error;
+  sums[kErrorSquare] += error * error;
 }
 
 __device__ void no_token(const ValueLoss& op, long i) {

@@ -5,8 +5,10 @@ The operators take contiguous float32, bool masks and int64 offsets. float64 is 
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,18 +28,32 @@ VALUE_METRICS = (
 OPS = ("kl_estimate", "gae", "whiten", "kl_gae", "ppo_loss", "value_loss")
 
 _ops = torch.ops.rlhf_engine
+Op = TypeVar("Op", bound=Callable[..., Any])
 
 
+def _float32(function: Op) -> Op:
+    """float64 tensors go to the reference, which has the same signature."""
+    plain = getattr(reference, function.__name__)
+
+    @functools.wraps(function)
+    def run(*tensors: Tensor, **options: Any) -> Any:
+        float_options = (options.get("entropy"), options.get("ref_logprobs"))
+        double = any(x is not None and x.dtype == torch.float64 for x in (*tensors, *float_options))
+        return (plain if double else function)(*tensors, **options)
+
+    return cast("Op", run)
+
+
+@_float32
 def kl_estimate(
     logprobs: Tensor, ref_logprobs: Tensor, *, kind: str, clamp_diff: Bounds, clamp_value: Bounds
 ) -> Tensor:
-    if _is_double(logprobs, ref_logprobs):
-        return reference.kl_estimate(logprobs, ref_logprobs, kind=kind, clamp_diff=clamp_diff, clamp_value=clamp_value)
     wanted = torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad)
     bounds = (*_bounds(clamp_diff), *_bounds(clamp_value))
     return _ops.kl_estimate(_dense(logprobs), _dense(ref_logprobs), *_kind(kind), *bounds, wanted)[0]
 
 
+@_float32
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -51,11 +67,6 @@ def gae(
     cu_seqlens: Tensor | None,
     out: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    if _is_double(rewards, values):
-        return reference.gae(
-            rewards, values, mask, gamma=gamma, lam=lam, value_lam=value_lam, holes=holes, bootstrap=bootstrap,
-            cu_seqlens=cu_seqlens, out=out,
-        )  # fmt: skip
     each, number = _lambda(lam)
     value_each, value_number = _lambda(lam if value_lam is None else value_lam)
     arguments = (
@@ -68,6 +79,7 @@ def gae(
     return out
 
 
+@_float32
 def whiten(
     x: Tensor,
     mask: Tensor,
@@ -79,10 +91,6 @@ def whiten(
     zero_masked: bool,
     out: Tensor | None,
 ) -> Tensor:
-    if _is_double(x):
-        return reference.whiten(
-            x, mask, center=center, ddof=ddof, eps=eps, eps_mode=eps_mode, zero_masked=zero_masked, out=out
-        )
     arguments = (_constant(x), mask.contiguous(), ddof, eps, eps_mode == "add", center, zero_masked)
     if out is None:
         return _ops.whiten(*arguments)
@@ -90,6 +98,7 @@ def whiten(
     return out
 
 
+@_float32
 def kl_gae(
     scores: Tensor,
     logprobs: Tensor,
@@ -110,12 +119,6 @@ def kl_gae(
     bootstrap: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> ShapedAdvantages:
-    if _is_double(scores, logprobs, ref_logprobs, values):
-        return reference.kl_gae(
-            scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, kl_kind=kl_kind,
-            kl_clamp_diff=kl_clamp_diff, kl_clamp_value=kl_clamp_value, gamma=gamma, lam=lam, whiten=whiten,
-            score_at=score_at, score_clip=score_clip, holes=holes, bootstrap=bootstrap, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
     each, number = _lambda(lam)
     return ShapedAdvantages(
         *_ops.kl_gae(
@@ -127,6 +130,7 @@ def kl_gae(
     )  # fmt: skip
 
 
+@_float32
 def ppo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -145,12 +149,6 @@ def ppo_loss(
     weights: Tensor | None,
     denom: float | Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    if _is_double(logprobs, old_logprobs, advantages, entropy, ref_logprobs):
-        return reference.ppo_loss(
-            logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-            is_weights=is_weights, entropy=entropy, entropy_coef=entropy_coef, ref_logprobs=ref_logprobs,
-            kl_coef=kl_coef, kl_kind=kl_kind, weights=weights, denom=denom,
-        )  # fmt: skip
     wanted = torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad))
     loss, _, _, metrics = _ops.ppo_loss(
         _dense(logprobs), _constant(old_logprobs), _constant(advantages), mask.contiguous(), _optional(is_weights),
@@ -164,6 +162,7 @@ def ppo_loss(
     return loss, named
 
 
+@_float32
 def value_loss(
     values: Tensor,
     old_values: Tensor,
@@ -174,18 +173,12 @@ def value_loss(
     weights: Tensor | None,
     denom: float | Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    if _is_double(values, old_values, returns):
-        return reference.value_loss(values, old_values, returns, mask, clip=clip, weights=weights, denom=denom)
     wanted = torch.is_grad_enabled() and values.requires_grad
     loss, _, metrics = _ops.value_loss(
         _dense(values), _constant(old_values), _constant(returns), mask.contiguous(), _optional(weights),
         *_denom(denom), clip or math.inf, wanted,
     )  # fmt: skip
     return loss, dict(zip(VALUE_METRICS, metrics.detach().unbind(), strict=True))
-
-
-def _is_double(*tensors: Tensor | None) -> bool:
-    return any(x is not None and x.dtype == torch.float64 for x in tensors)
 
 
 def _dense(x: Tensor) -> Tensor:

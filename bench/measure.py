@@ -1,0 +1,29 @@
+"""What the benchmarks share: a stopwatch, and the refusal to show a time for a wrong answer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def seconds(work: Callable[[], object], repeats: int = 7) -> float:
+    """Median of some runs, after one that is not counted."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def check(what: str, ours: Tensor, theirs: Tensor, bound: float) -> None:
+    """Ends the program unless the largest difference is at most `bound` of the largest number."""
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not error <= bound:
+        raise SystemExit(
+            f"{what}: the answers differ by {error:.1e} of the largest, more than {bound:.0e}; no time shown"
+        )
