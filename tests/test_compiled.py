@@ -390,3 +390,11 @@ def test_a_loss_backward_twice_is_pytorchs_own_error() -> None:
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    loss, _ = ops.ppo_loss(x, x.detach(), torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool), backend="cpu")
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()

@@ -41,7 +41,7 @@ def kl_estimate(
         The same shape, float32 or better; differentiable.
     """
     op = "kl_estimate"
-    checks.floating(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    checks.floating(op, logprobs=logprobs)
     checks.like(op, {"logprobs": logprobs}, ref_logprobs=ref_logprobs)
     checks.one_of(op, "kind", kind, KL_KINDS)
     function = select(op, backend, logprobs.device.type)
@@ -86,7 +86,7 @@ def gae(
         ValueError: shapes, dtypes or devices that do not fit, gamma or lam outside [0, 1].
     """
     op = "gae"
-    checks.floating(op, rewards=rewards, values=values)
+    checks.floating(op, rewards=rewards)
     checks.like(op, {"rewards": rewards}, values=values, mask=mask)
     count = _check_recursion(op, {"rewards": rewards}, mask, gamma, lam, holes, bootstrap, cu_seqlens)
     if value_lam is not None:
@@ -179,7 +179,7 @@ def kl_gae(
         sequence without a trainable token contributes nothing; its score is not read.
     """
     op = "kl_gae"
-    checks.floating(op, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+    checks.floating(op, logprobs=logprobs)
     checks.like(op, {"logprobs": logprobs}, ref_logprobs=ref_logprobs, values=values, mask=mask)
     count = _check_recursion(op, {"logprobs": logprobs}, mask, gamma, lam, holes, bootstrap, cu_seqlens)
     checks.per_sequence(op, count, {"logprobs": logprobs}, scores=scores)

@@ -6,11 +6,12 @@ there raises: a silent fallback would let a benchmark or a bug report speak of c
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_engine import reference
-from rlhf_engine.ops import compiled, tiled_head
+from rlhf_engine import native, reference
+from rlhf_engine.ops import adaptors, operators, tiled_head
 
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _RUNS_ON = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # the device type a backend needs; the reference needs none
@@ -31,9 +32,20 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
 }
 _TABLE["linear_logprobs"]["cpu"] = tiled_head.linear_logprobs
 _TABLE["linear_policy_loss"]["cpu"] = tiled_head.linear_policy_loss
-if compiled.AVAILABLE:
-    for _op in compiled.OPS:
-        _TABLE[_op]["cpu"] = getattr(compiled, _op)
+
+
+def _add(namespace: str, *backends: str) -> None:
+    operators.register(namespace)
+    functions = adaptors.Adaptors(namespace)
+    for op in adaptors.OPS:
+        _TABLE[op] |= dict.fromkeys(backends, getattr(functions, op))
+
+
+if native.load():
+    _add("rlhf_engine", "cpu", *(["cuda"] if native.build_info()["nvcc"] else []))
+if importlib.util.find_spec("triton") and importlib.util.find_spec("rlhf_engine.kernels.gae"):
+    _TRITON = operators.define_triton()  # gone with the last reference to it
+    _add("rlhf_triton", "triton")
 
 
 def available(op: str) -> tuple[str, ...]:
@@ -50,7 +62,10 @@ def select(op: str, backend: str | None, device_type: str) -> Callable[..., Any]
     """
     functions = _TABLE[op]
     if backend is None:
-        return next(functions[name] for name in PREFERENCE.get(device_type, ("reference",)) if name in functions)
+        for name in PREFERENCE.get(device_type, ()):
+            if name in functions:
+                return functions[name]
+        return functions["reference"]
     if backend not in ("reference", *_RUNS_ON):
         raise ValueError(f"{op}: there is no backend {backend!r}; choose among reference, {', '.join(_RUNS_ON)}")
     if backend not in functions:

@@ -9,6 +9,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
 
 def shape(x: Tensor) -> str:
     return str(tuple(x.shape))
@@ -16,20 +18,25 @@ def shape(x: Tensor) -> str:
 
 def floating(op: str, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
-        if x is not None and x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        if x is not None and x.dtype not in FLOATS:
             raise ValueError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def like(op: str, reference: dict[str, Tensor], **tensors: Tensor | None) -> None:
-    """Same shape and device as the one reference tensor; `mask` among the tensors must be bool too."""
+    """Shape and device of the one reference tensor; floating, but for `mask`, which must be bool."""
     ((reference_name, expected),) = reference.items()
+    expected_shape, device = expected.shape, expected.device
     for name, x in tensors.items():
         if x is None:
             continue
-        if x.shape != expected.shape:
+        if x.shape != expected_shape:
             raise ValueError(f"{op}: {name} {shape(x)} does not match {reference_name} {shape(expected)}")
-        same_device(op, reference, **{name: x})
-        if name == "mask" and x.dtype != torch.bool:
+        if x.device != device:
+            same_device(op, reference, **{name: x})
+        if name != "mask":
+            if x.dtype not in FLOATS:
+                floating(op, **{name: x})
+        elif x.dtype is not torch.bool:
             raise ValueError(f"{op}: mask must be torch.bool, got {x.dtype}")
 
 

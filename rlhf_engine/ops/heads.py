@@ -169,7 +169,6 @@ def _check_linear(
 def check_weights(op: str, reference: dict[str, Tensor], weights: Tensor | None, denom: float | Tensor | None) -> None:
     """Weights need their denom: most modes divide by something other than the number of tokens."""
     checks.like(op, reference, weights=weights)
-    checks.floating(op, weights=weights)
     checks.not_negative(op, denom=denom)
     if weights is not None and denom is None:
         raise ValueError(f"{op}: weights are given without denom; pass the count of the whole batch (see token_denom)")

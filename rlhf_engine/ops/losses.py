@@ -61,7 +61,7 @@ def ppo_loss(
         ValueError: shapes, dtypes or devices that do not fit; a constant that requires grad; weights without denom.
     """
     op = "ppo_loss"
-    checks.floating(op, logprobs=logprobs, entropy=entropy)
+    checks.floating(op, logprobs=logprobs)
     _check_policy(op, {"logprobs": logprobs}, old_logprobs, advantages, is_weights, ref_logprobs)
     checks.like(op, {"logprobs": logprobs}, mask=mask, entropy=entropy)
     _check_coefficients(op, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef, kl_kind)
@@ -127,7 +127,7 @@ def value_loss(
     """
     op = "value_loss"
     tensors = {"old_values": old_values, "returns": returns}
-    checks.floating(op, values=values, **tensors)
+    checks.floating(op, values=values)
     checks.like(op, {"values": values}, mask=mask, **tensors)
     checks.constant(op, **tensors)
     checks.not_negative(op, clip=clip)
@@ -146,7 +146,6 @@ def _check_policy(
 ) -> None:
     tensors = {"old_logprobs": old_logprobs, "advantages": advantages}
     optional = {"is_weights": is_weights, "ref_logprobs": ref_logprobs}
-    checks.floating(op, **tensors, **optional)
     checks.like(op, expected, **tensors, **optional)
     checks.constant(op, **tensors, **optional)
 
