@@ -54,10 +54,10 @@ inline const float* floats(const Optional& x, const char* name, const Tensor& li
   return x ? floats(*x, name, like) : nullptr;
 }
 
-inline const bool* mask_of(const Tensor& x, const Tensor& like) {
+inline bool* mask_of(const Tensor& x, const Tensor& like) {
   check(x, "mask", ScalarType::Bool, "bool", like);
   check_shape(x, "mask", like);
-  return static_cast<const bool*>(x.data_ptr());
+  return x.numel() ? static_cast<bool*>(x.data_ptr()) : nullptr;
 }
 
 template <class T>

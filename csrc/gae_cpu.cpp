@@ -68,15 +68,19 @@ void start(const Gae& op, Lane& lane, long sequence) {
   lane.moments = {};
 }
 
-RLHF_VECTOR void penalties(KlOptions o, float coef, const float* __restrict logprobs, const float* __restrict ref_logprobs,
-                           const bool* __restrict mask, int count, float* __restrict kl, float* __restrict rewards) {
+RLHF_VECTOR void estimates(KlOptions o, const float* __restrict logprobs, const float* __restrict ref_logprobs, int count,
+                           float* __restrict kl) {
   with_kind(o.kind, [=](auto kind) RLHF_INLINE {
-    for (int i = 0; i < count; ++i) {
-      const float estimate = kl_estimate<kind.kValue>(o, logprobs[i] - ref_logprobs[i]);
-      kl[i] = mask[i] ? estimate : 0.f;
-      rewards[i] = mask[i] ? -coef * estimate : 0.f;
-    }
+    for (int i = 0; i < count; ++i) kl[i] = kl_estimate<kind.kValue>(o, logprobs[i] - ref_logprobs[i]);
   });
+}
+
+RLHF_VECTOR void zero_masked(const bool* __restrict mask, int count, float* __restrict x) {
+  for (int i = 0; i < count; ++i) x[i] = mask[i] ? x[i] : 0.f;
+}
+
+RLHF_VECTOR void scaled(const float* __restrict x, float factor, int count, float* __restrict out) {
+  for (int i = 0; i < count; ++i) out[i] = factor * x[i];
 }
 
 // Rewards and KL of the tile, into their outputs, from where the recursion reads them.
@@ -84,7 +88,9 @@ void shape(const Gae& op, const Lane& lane) {
   const Shaping& s = op.shaping;
   const bool* mask = op.sequences.mask + lane.first;
   float *kl = s.kl_out + lane.first, *rewards = s.rewards + lane.first;
-  penalties(s.kl, s.kl_coef, s.logprobs + lane.first, s.ref_logprobs + lane.first, mask, lane.length, kl, rewards);
+  estimates(s.kl, s.logprobs + lane.first, s.ref_logprobs + lane.first, lane.length, kl);
+  scaled(kl, -s.kl_coef, lane.length, rewards);
+  if (std::memchr(mask, 0, lane.length)) zero_masked(mask, lane.length, kl), zero_masked(mask, lane.length, rewards);
   std::memcpy(s.value_mask + lane.first, lane.mask, lane.length);
   const long place = lane.place - lane.first;
   if (place < lane.length) rewards[place] += clamp(s.scores[lane.sequence], -s.score_bound, s.score_bound);

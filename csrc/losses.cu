@@ -54,7 +54,9 @@ __device__ float scale_of(const float* denom, double number, const Workspace& wo
 
 __device__ void token(const PolicyLoss& op, long i, float scale, double* sums) {
   const float logprob = op.logprobs[i];
-  const PolicyToken t = policy_token(op.options, logprob, op.old_logprobs[i], op.advantages[i]);
+  const float old_logprob = op.old_logprobs[i], log_ratio = bounded_log_ratio(logprob, old_logprob);
+  const float ratio = exponential(log_ratio);
+  const PolicyToken t = policy_token(op.options, logprob - old_logprob, ratio, op.advantages[i]);
   float loss = t.loss, derivative = t.derivative;
   if (op.is_weights) loss *= op.is_weights[i], derivative *= op.is_weights[i];
   if (op.entropy) {
@@ -74,10 +76,10 @@ __device__ void token(const PolicyLoss& op, long i, float scale, double* sums) {
   sums[kLoss] += loss * weight;
   sums[kClipped] += t.clipped;
   sums[kClippedLow] += t.clipped_low;
-  sums[kKl1Sum] += -t.log_ratio;
-  sums[kKl3Sum] += k3_estimate(-t.log_ratio, t.ratio);
-  sums[kRatio] += t.ratio;
-  const double size = fabsf(t.log_ratio);
+  sums[kKl1Sum] += -log_ratio;
+  sums[kKl3Sum] += k3_estimate(-log_ratio, ratio);
+  sums[kRatio] += ratio;
+  const double size = fabsf(log_ratio);
   if (size > sums[kLogRatioMax] || size != size) sums[kLogRatioMax] = size;
 }
 

@@ -10,20 +10,23 @@ struct PolicyOptions {
   float dual_clip;  // infinite: none
 };
 
+constexpr float kLogRatioBound = 20.f;  // exp of it is far from overflow, and no policy moves further in one update
+
+RLHF_FN float bounded_log_ratio(float logprob, float old_logprob) {
+  return clamp(logprob - old_logprob, -kLogRatioBound, kLogRatioBound);
+}
+
 struct PolicyToken {
   float loss, derivative;  // before importance weights; derivative in the log-prob
-  float log_ratio, ratio;
   float clipped, clipped_low;  // 1 or 0, to be summed
 };
 
-// d = clamp(logprob - old, +-20), r = exp(d), pg = max(-A r, -A clip(r)), and for A < 0 min(pg, -A dual_clip).
-RLHF_FN PolicyToken policy_token(const PolicyOptions& o, float logprob, float old_logprob, float advantage) {
+// r = exp(bounded log-ratio), pg = max(-A r, -A clip(r)), and for A < 0 min(pg, -A dual_clip). `difference`: the
+// log-ratio without its bound, beyond which there is no derivative.
+RLHF_FN PolicyToken policy_token(const PolicyOptions& o, float difference, float ratio, float advantage) {
   PolicyToken out;
-  const float d = logprob - old_logprob;
-  out.log_ratio = clamp(d, -20.f, 20.f);
-  out.ratio = exponential(out.log_ratio);
-  const float free = -advantage * out.ratio;
-  const float bounded = -advantage * clamp(out.ratio, 1.f - o.clip_low, 1.f + o.clip_high);
+  const float free = -advantage * ratio;
+  const float bounded = -advantage * clamp(ratio, 1.f - o.clip_low, 1.f + o.clip_high);
   const float loss = bounded > free ? bounded : free, lowest = -advantage * o.dual_clip;
   // Where the bound is the greater one the ratio lies outside of it, so it has no derivative there.
   out.clipped = bounded > free ? 1.f : 0.f;
@@ -31,8 +34,8 @@ RLHF_FN PolicyToken policy_token(const PolicyOptions& o, float logprob, float ol
   out.loss = out.clipped_low > 0.f ? lowest : loss;
   out.derivative = bounded > free ? 0.f : free;
   out.derivative = out.clipped_low > 0.f ? 0.f : out.derivative;
-  out.derivative = d < -20.f ? 0.f : out.derivative;
-  out.derivative = d > 20.f ? 0.f : out.derivative;
+  out.derivative = difference < -kLogRatioBound ? 0.f : out.derivative;
+  out.derivative = difference > kLogRatioBound ? 0.f : out.derivative;
   return out;
 }
 

@@ -17,15 +17,23 @@ struct PolicyTile {
   float clipped[kActiveTile], clipped_low[kActiveTile], grad_entropy[kActiveTile];
 };
 
+// Three loops and not one: a core has several tokens in flight only if it can look that far ahead.
+RLHF_VECTOR void ratios(const float* __restrict logprobs, const float* __restrict old_logprobs, int count,
+                        PolicyTile& __restrict out) {
+  for (int i = 0; i < count; ++i) {
+    out.log_ratio[i] = bounded_log_ratio(logprobs[i], old_logprobs[i]);
+    out.ratio[i] = exponential(out.log_ratio[i]);
+  }
+  for (int i = 0; i < count; ++i) out.kl3[i] = k3_estimate(-out.log_ratio[i], out.ratio[i]);
+}
+
 RLHF_VECTOR void clipped_objective(PolicyOptions options, const float* __restrict logprobs,
                                    const float* __restrict old_logprobs, const float* __restrict advantages, int count,
                                    PolicyTile& __restrict out) {
   for (int i = 0; i < count; ++i) {
-    const PolicyToken token = policy_token(options, logprobs[i], old_logprobs[i], advantages[i]);
+    const PolicyToken token = policy_token(options, logprobs[i] - old_logprobs[i], out.ratio[i], advantages[i]);
     out.loss[i] = token.loss, out.derivative[i] = token.derivative;
-    out.log_ratio[i] = token.log_ratio, out.ratio[i] = token.ratio;
     out.clipped[i] = token.clipped, out.clipped_low[i] = token.clipped_low;
-    out.kl3[i] = k3_estimate(-token.log_ratio, token.ratio);
   }
 }
 
@@ -47,19 +55,20 @@ RLHF_VECTOR void sums_of(const PolicyTile& tile, int count, double* metrics) {
   metrics[kKl1Sum] = -lane_sum(count, [&](int i) -> double { return tile.log_ratio[i]; });
   metrics[kKl3Sum] = lane_sum(count, [&](int i) -> double { return tile.kl3[i]; });
   metrics[kRatio] = lane_sum(count, [&](int i) -> double { return tile.ratio[i]; });
-  float most = 0.f;
+  std::int32_t most = 0;  // of the bits: without the sign they are in the numbers' order, NaN behind infinity
   for (int i = 0; i < count; ++i) {
-    const float size = fabsf(tile.log_ratio[i]);
-    most = size > most || size != size ? size : most;  // NaN is the greatest
+    const std::int32_t bits = std::bit_cast<std::int32_t>(fabsf(tile.log_ratio[i]));
+    most = bits > most ? bits : most;
   }
-  metrics[kLogRatioMax] = most;
+  metrics[kLogRatioMax] = std::bit_cast<float>(most);
 }
 
 RLHF_VECTOR void policy_tile(const PolicyLoss& op, const ActiveTile& active, PolicyTile& tile, double* metrics) {
   const int count = active.count;
   const float* logprobs = active.gather(op.logprobs, tile.copies[0]);
-  clipped_objective(op.options, logprobs, active.gather(op.old_logprobs, tile.copies[1]),
-                    active.gather(op.advantages, tile.copies[2]), count, tile);
+  const float* old_logprobs = active.gather(op.old_logprobs, tile.copies[1]);
+  ratios(logprobs, old_logprobs, count, tile);
+  clipped_objective(op.options, logprobs, old_logprobs, active.gather(op.advantages, tile.copies[2]), count, tile);
   if (op.is_weights) {
     const float* w = active.gather(op.is_weights, tile.copies[3]);
     for (int i = 0; i < count; ++i) tile.loss[i] *= w[i], tile.derivative[i] *= w[i];

@@ -8,6 +8,10 @@ namespace rlhf {
 #define RLHF_GAE_ARGUMENTS                                                                                     \
   "Tensor rewards, Tensor values, Tensor mask, Tensor? lam, Tensor? value_lam, Tensor? bootstrap, "            \
   "Tensor? cu_seqlens, float gamma, float lam_all, float value_lam_all, bool two_lambdas, bool decay"
+#define RLHF_KL_GAE_ARGUMENTS                                                                                      \
+  "Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Tensor? lam, "                 \
+  "Tensor? bootstrap, Tensor? cu_seqlens, int kl_kind, " RLHF_KL_ARGUMENTS ", float kl_coef, float score_bound, "   \
+  "bool after, float gamma, float lam_all, bool decay, bool whiten"
 #define RLHF_WHITEN_ARGUMENTS "Tensor x, Tensor mask, int ddof, float eps, bool add_eps, bool center, bool zero_masked"
 #define RLHF_KL_ARGUMENTS "float diff_low, float diff_high, float value_low, float value_high"
 
@@ -17,9 +21,9 @@ using Library = torch::stable::detail::StableLibrary;
 inline void define_operators(Library& m) {
   m.def("gae(" RLHF_GAE_ARGUMENTS ") -> (Tensor, Tensor)");
   m.def("gae_out(" RLHF_GAE_ARGUMENTS ", Tensor(a!) advantages, Tensor(b!) returns) -> ()");
-  m.def("kl_gae(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Tensor? lam, "
-        "Tensor? bootstrap, Tensor? cu_seqlens, int kl_kind, " RLHF_KL_ARGUMENTS ", float kl_coef, float score_bound, "
-        "bool after, float gamma, float lam_all, bool decay, bool whiten) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("kl_gae(" RLHF_KL_GAE_ARGUMENTS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("kl_gae_out(" RLHF_KL_GAE_ARGUMENTS
+        ", Tensor(a!) rewards, Tensor(b!) advantages, Tensor(c!) returns, Tensor(d!) kl, Tensor(e!) value_mask) -> ()");
   m.def("whiten(" RLHF_WHITEN_ARGUMENTS ") -> Tensor");
   m.def("whiten_out(" RLHF_WHITEN_ARGUMENTS ", Tensor(a!) out) -> ()");
   m.def("kl_estimate(Tensor logprobs, Tensor ref_logprobs, int kind, bool straight_through, " RLHF_KL_ARGUMENTS
@@ -52,12 +56,11 @@ struct Operators {
     return {advantages, returns};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kl_gae(
-      Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Optional lam, Optional bootstrap,
-      Optional cu_seqlens, int64_t kl_kind, double diff_low, double diff_high, double value_low, double value_high,
-      double kl_coef, double score_bound, bool after, double gamma, double lam_all, bool decay, bool whiten) {
-    Tensor rewards = fresh(logprobs), advantages = fresh(logprobs), returns = fresh(logprobs), kl = fresh(logprobs);
-    Tensor value_mask = fresh(logprobs, ScalarType::Bool);
+  static void kl_gae_out(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Optional lam,
+                         Optional bootstrap, Optional cu_seqlens, int64_t kl_kind, double diff_low, double diff_high,
+                         double value_low, double value_high, double kl_coef, double score_bound, bool after, double gamma,
+                         double lam_all, bool decay, bool whiten, Tensor rewards, Tensor advantages, Tensor returns,
+                         Tensor kl, Tensor value_mask) {
     Gae op = gae_arguments(values, mask, {lam, std::nullopt, lam_all, lam_all, false}, bootstrap, cu_seqlens, gamma,
                            decay, advantages, returns);
     op.shaped = true;
@@ -65,9 +68,20 @@ struct Operators {
         per_sequence<float>(scores, "scores", ScalarType::Float, "float32", op.sequences.count, values),
         floats(logprobs, "logprobs", values), floats(ref_logprobs, "ref_logprobs", values),
         kl_options(kl_kind, false, diff_low, diff_high, value_low, value_high), static_cast<float>(kl_coef),
-        static_cast<float>(score_bound), after, data(rewards), data(kl),
-        value_mask.numel() ? static_cast<bool*>(value_mask.data_ptr()) : nullptr};
+        static_cast<float>(score_bound), after, floats(rewards, "rewards", values), floats(kl, "kl", values),
+        mask_of(value_mask, values)};
     Device(values).gae(op, whiten);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kl_gae(
+      Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Optional lam, Optional bootstrap,
+      Optional cu_seqlens, int64_t kl_kind, double diff_low, double diff_high, double value_low, double value_high,
+      double kl_coef, double score_bound, bool after, double gamma, double lam_all, bool decay, bool whiten) {
+    Tensor rewards = fresh(values), advantages = fresh(values), returns = fresh(values), kl = fresh(values);
+    Tensor value_mask = fresh(values, ScalarType::Bool);
+    kl_gae_out(scores, logprobs, ref_logprobs, values, mask, lam, bootstrap, cu_seqlens, kl_kind, diff_low, diff_high,
+               value_low, value_high, kl_coef, score_bound, after, gamma, lam_all, decay, whiten, rewards, advantages,
+               returns, kl, value_mask);
     return {rewards, advantages, returns, kl, value_mask};
   }
 
@@ -126,6 +140,7 @@ struct Operators {
     m.impl("gae", TORCH_BOX(&gae));
     m.impl("gae_out", TORCH_BOX(&gae_out));
     m.impl("kl_gae", TORCH_BOX(&kl_gae));
+    m.impl("kl_gae_out", TORCH_BOX(&kl_gae_out));
     m.impl("whiten", TORCH_BOX(&whiten));
     m.impl("whiten_out", TORCH_BOX(&whiten_out));
     m.impl("kl_estimate", TORCH_BOX(&kl_estimate));

@@ -262,6 +262,9 @@ class ShapedAdvantages:
     kl: Tensor  # per token, nats
     value_mask: Tensor  # bool: where returns are defined; score_at="after" has one more slot per sequence than mask
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.rewards, self.advantages, self.returns, self.kl, self.value_mask
+
 
 @torch.no_grad()
 def kl_gae(
@@ -283,6 +286,7 @@ def kl_gae(
     holes: str = "carry",
     bootstrap: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    out: ShapedAdvantages | None = None,
 ) -> ShapedAdvantages:
     """rewards = -kl_coef * kl (+ the score (B,) at one place), then gae, then whitening over the mask."""
     inside = None
@@ -302,7 +306,12 @@ def kl_gae(
     advantages, returns = gae(rewards, values, value_mask, gamma=gamma, lam=lam, holes=holes, bootstrap=bootstrap)
     advantages = _whiten(advantages, mask) if whiten else torch.where(mask, advantages, 0)
     fields = (rewards, advantages, returns, kl, value_mask)
-    return ShapedAdvantages(*(fields if inside is None else (x[inside] for x in fields)))
+    found = ShapedAdvantages(*(fields if inside is None else (x[inside] for x in fields)))
+    if out is None:
+        return found
+    for place, field in zip(out.tensors(), found.tensors(), strict=True):
+        place.copy_(field)
+    return out
 
 
 def ppo_token_loss(

@@ -17,6 +17,7 @@ HIDDEN, WEIGHT = torch.randn(4, 3), torch.randn(9, 3)
 TARGETS = torch.arange(4)
 X, MASK = torch.randn(4, 8), torch.ones(4, 8, dtype=torch.bool)
 SCORES = torch.zeros(4)
+TWO = torch.empty(2, 4, 8)
 OFFSETS = torch.tensor([0, 5, 32], dtype=torch.int32)
 
 
@@ -72,6 +73,28 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: ops.linear_logprobs(HIDDEN, WEIGHT.to("meta"), TARGETS),
         "linear_logprobs: weight is on meta, hidden on cpu",
+    ),
+    # results that are given a place
+    (
+        lambda: ops.gae(X, X, MASK, out=(X, X.clone())),
+        "gae: out[0] shares memory with rewards; give it memory of its own",
+    ),
+    (
+        lambda: ops.gae(X, X, MASK, out=(TWO[0], TWO[0])),
+        "gae: out[1] shares memory with out[0]; give it memory of its own",
+    ),
+    (lambda: ops.gae(X, X, MASK, out=(TWO[0], TWO[1].T)), "gae: out[1] (8, 4) does not match rewards (4, 8)"),
+    (
+        lambda: ops.gae(X, X, MASK, out=(TWO[0], X.double())),
+        "gae: out[1] must be contiguous torch.float32 without gradient",
+    ),
+    (
+        lambda: ops.kl_gae(SCORES, X, X, X, MASK, kl_coef=0.1, out=ops.ShapedAdvantages(*TWO, *TWO, MASK.clone())),
+        "kl_gae: out.returns shares memory with out.rewards; give it memory of its own",
+    ),
+    (
+        lambda: ops.kl_gae(SCORES, X, X, X, MASK, kl_coef=0.1, out=ops.ShapedAdvantages(*torch.empty(5, 4, 8))),
+        "kl_gae: out.value_mask must be contiguous torch.bool without gradient",
     ),
     # values
     (

@@ -126,16 +126,19 @@ class Adaptors:
         holes: str,
         bootstrap: Tensor | None,
         cu_seqlens: Tensor | None,
+        out: ShapedAdvantages | None,
     ) -> ShapedAdvantages:
         each, number = _lambda(lam)
-        return ShapedAdvantages(
-            *self.call.kl_gae(
-                _constant(scores), _constant(logprobs), _constant(ref_logprobs), _constant(values), _dense(mask),
-                each, _optional(bootstrap), _offsets(cu_seqlens), _kind(kl_kind)[0], *_bounds(kl_clamp_diff),
-                *_bounds(kl_clamp_value), kl_coef, score_clip or math.inf, score_at == "after", gamma, number,
-                holes == "decay", whiten,
-            )
+        arguments = (
+            _constant(scores), _constant(logprobs), _constant(ref_logprobs), _constant(values), _dense(mask), each,
+            _optional(bootstrap), _offsets(cu_seqlens), _kind(kl_kind)[0], *_bounds(kl_clamp_diff),
+            *_bounds(kl_clamp_value), kl_coef, score_clip or math.inf, score_at == "after", gamma, number,
+            holes == "decay", whiten,
         )  # fmt: skip
+        if out is None:
+            return ShapedAdvantages(*self.call.kl_gae(*arguments))
+        self.call.kl_gae_out(*arguments, *out.tensors())
+        return out
 
     @_float32
     def ppo_loss(

@@ -6,6 +6,8 @@ are (N,) with offsets cu_seqlens (B + 1,), and give each sequence the same bits 
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from torch import Tensor
 
 from rlhf_engine.ops import checks
@@ -92,8 +94,7 @@ def gae(
     if value_lam is not None:
         _check_lambda(op, {"rewards": rewards}, count, value_lam=value_lam)
     if out is not None:
-        for name, tensor in zip(("out[0]", "out[1]"), out, strict=True):
-            checks.output(op, {"rewards": rewards, "values": values}, **{name: tensor})
+        checks.output(op, {"rewards": rewards, "values": values, "mask": mask}, **{"out[0]": out[0], "out[1]": out[1]})
     return select(op, backend, rewards.device.type)(
         rewards, values, mask, gamma=gamma, lam=lam, value_lam=value_lam, holes=holes, bootstrap=bootstrap,
         cu_seqlens=cu_seqlens, out=out,
@@ -132,8 +133,8 @@ def whiten(
     checks.like(op, {"x": x}, mask=mask)
     checks.one_of(op, "eps_mode", eps_mode, ("add", "max"))
     checks.positive(op, eps=eps)
-    if out is not None:
-        checks.output(op, {"x": x}, out=out)
+    if out is not None and out is not x:
+        checks.output(op, {"x": x, "mask": mask}, out=out)
     return select(op, backend, x.device.type)(
         x, mask, center=center, ddof=ddof, eps=eps, eps_mode=eps_mode, zero_masked=zero_masked, out=out
     )
@@ -158,6 +159,7 @@ def kl_gae(
     holes: str = "carry",
     bootstrap: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    out: ShapedAdvantages | None = None,
     backend: str | None = None,
 ) -> ShapedAdvantages:
     """The whole way from scores to advantages: rewards = -kl_coef * kl (+ the score), gae, whitening over the mask.
@@ -172,6 +174,7 @@ def kl_gae(
         score_at: "last" trainable token, or the slot "after" it (OAI, TRL) if the row has one. That slot then has a
             return and a value (`value_mask`), no advantage, and its V is read from `values`.
         score_clip: bound on |score|; None or 0 is none.
+        out: contiguous tensors like the results, to be filled and returned.
         gamma, lam, holes, bootstrap, cu_seqlens, backend: see gae.
 
     Returns:
@@ -186,10 +189,13 @@ def kl_gae(
     checks.one_of(op, "kl_kind", kl_kind, KL_KINDS)
     checks.one_of(op, "score_at", score_at, ("last", "after"))
     checks.not_negative(op, score_clip=score_clip)
+    if out is not None:
+        inputs = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "mask": mask}
+        checks.output(op, inputs, **{f"out.{field.name}": getattr(out, field.name) for field in fields(out)})
     return select(op, backend, logprobs.device.type)(
         scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, kl_kind=kl_kind, kl_clamp_diff=kl_clamp_diff,
         kl_clamp_value=kl_clamp_value, gamma=gamma, lam=lam, whiten=whiten, score_at=score_at, score_clip=score_clip,
-        holes=holes, bootstrap=bootstrap, cu_seqlens=cu_seqlens,
+        holes=holes, bootstrap=bootstrap, cu_seqlens=cu_seqlens, out=out,
     )  # fmt: skip
 
 

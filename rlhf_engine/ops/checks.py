@@ -119,10 +119,32 @@ def per_sequence(op: str, count: int, reference: dict[str, Tensor], **tensors: T
 
 
 def output(op: str, inputs: dict[str, Tensor], **tensors: Tensor) -> None:
-    """Contiguous, of the inputs' shape and device and the result's dtype: what is written to directly."""
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs.values()) else torch.float32
-    first = dict([next(iter(inputs.items()))])
+    """What is written to directly: contiguous, of the inputs' shape and device and the result's dtype (a mask: bool),
+    and in memory of its own."""
+    dtype = torch.float64 if any(x.dtype is torch.float64 for x in inputs.values()) else torch.float32
+    ((first_name, first), *_) = inputs.items()
+    others = dict(inputs)
     for name, x in tensors.items():
-        like(op, first, **{name: x})
-        if x.dtype != dtype or not x.is_contiguous() or x.requires_grad:
-            raise ValueError(f"{op}: {name} must be contiguous {dtype} without gradient")
+        wanted = torch.bool if name.endswith("mask") else dtype
+        if x.shape != first.shape:
+            raise ValueError(f"{op}: {name} {shape(x)} does not match {first_name} {shape(first)}")
+        same_device(op, {first_name: first}, **{name: x})
+        if x.dtype is not wanted or not x.is_contiguous() or x.requires_grad:
+            raise ValueError(f"{op}: {name} must be contiguous {wanted} without gradient")
+        for other, y in others.items():
+            if _overlap(x, y):
+                raise ValueError(f"{op}: {name} shares memory with {other}; give it memory of its own")
+        others[name] = x
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not (a.numel() and b.numel()):  # no memory to compare
+        return False
+    (a_first, a_end), (b_first, b_end) = _memory(a), _memory(b)
+    return a_first < b_end and b_first < a_end
+
+
+def _memory(x: Tensor) -> tuple[int, int]:
+    """First address and the one behind the last; strides are never negative."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

@@ -22,15 +22,23 @@ _GAE = (
 )
 _WHITEN = "Tensor x, Tensor mask, int ddof, float eps, bool add_eps, bool center, bool zero_masked"
 _BOUNDS = "float diff_low, float diff_high, float value_low, float value_high"
+_KL_GAE = (
+    "Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Tensor? lam, Tensor? bootstrap, "
+    f"Tensor? cu_seqlens, int kl_kind, {_BOUNDS}, float kl_coef, float score_bound, bool after, float gamma, "
+    "float lam_all, bool decay, bool whiten"
+)
 # Operator -> (file in kernels/ that holds its twin, arguments and results). An unwanted gradient is an empty tensor.
 SCHEMAS = {
     "gae": ("gae", f"({_GAE}) -> (Tensor, Tensor)"),
     "gae_out": ("gae", f"({_GAE}, Tensor(a!) advantages, Tensor(b!) returns) -> ()"),
     "kl_gae": (
         "gae",
-        "(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Tensor? lam, "
-        f"Tensor? bootstrap, Tensor? cu_seqlens, int kl_kind, {_BOUNDS}, float kl_coef, float score_bound, "
-        "bool after, float gamma, float lam_all, bool decay, bool whiten) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"({_KL_GAE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
+    "kl_gae_out": (
+        "gae",
+        f"({_KL_GAE}, Tensor(a!) rewards, Tensor(b!) advantages, Tensor(c!) returns, Tensor(d!) kl, "
+        "Tensor(e!) value_mask) -> ()",
     ),
     "whiten": ("whiten", f"({_WHITEN}) -> Tensor"),
     "whiten_out": ("whiten", f"({_WHITEN}, Tensor(a!) out) -> ()"),
@@ -86,6 +94,7 @@ def register(namespace: str) -> None:
         "gae": lambda rewards, *_: (torch.empty_like(rewards), torch.empty_like(rewards)),
         "gae_out": lambda *_: None,
         "kl_gae": _kl_gae_fake,
+        "kl_gae_out": lambda *_: None,
         "whiten": lambda x, *_: torch.empty_like(x),
         "whiten_out": lambda *_: None,
         "kl_estimate": lambda logprobs, *rest: (torch.empty_like(logprobs), _gradient(logprobs, rest[-1])),
