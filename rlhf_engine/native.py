@@ -36,7 +36,8 @@ def why_missing() -> str:
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:  # built, yet not loadable: never quietly
-        reason = f"{LIBRARY} cannot be loaded into torch {torch.__version__}: {error}"
+        why = error.__cause__ or error  # torch's own message does not say why
+        reason = f"{LIBRARY} cannot be loaded into torch {torch.__version__}: {why}"
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
         return reason
     return ""

@@ -48,9 +48,27 @@ if importlib.util.find_spec("triton") and importlib.util.find_spec("rlhf_engine.
     _add("rlhf_triton", "triton")
 
 
-def available(op: str) -> tuple[str, ...]:
-    """Names that `backend=` accepts for this op here."""
-    return tuple(_TABLE[op])
+def available(op: str, device_type: str | None = None) -> tuple[str, ...]:
+    """Names that `backend=` accepts for this op here; with a device type, those for tensors on such a device."""
+    return tuple(name for name in _TABLE[op] if device_type in (None, _RUNS_ON.get(name, device_type)))
+
+
+def chosen(op: str, device_type: str) -> str:
+    """The name that `backend=None` stands for."""
+    for name in PREFERENCE.get(device_type, ()):
+        if name in _TABLE[op]:
+            return name
+    return "reference"
+
+
+def names() -> tuple[str, ...]:
+    """Every op that has backends."""
+    return tuple(_TABLE)
+
+
+def extension_missing() -> str:
+    """Why the compiled extension is not there, as a sentence; empty if it is."""
+    return native.why_missing()
 
 
 def select(op: str, backend: str | None, device_type: str) -> Callable[..., Any]:
@@ -62,10 +80,7 @@ def select(op: str, backend: str | None, device_type: str) -> Callable[..., Any]
     """
     functions = _TABLE[op]
     if backend is None:
-        for name in PREFERENCE.get(device_type, ()):
-            if name in functions:
-                return functions[name]
-        return functions["reference"]
+        return functions[chosen(op, device_type)]
     if backend not in ("reference", *_RUNS_ON):
         raise ValueError(f"{op}: there is no backend {backend!r}; choose among reference, {', '.join(_RUNS_ON)}")
     if backend not in functions:
