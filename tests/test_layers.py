@@ -22,7 +22,7 @@ LAYERS = [
     {"byte_dropout", "models", "rollout", "ppo", "data", "rated", "tiny", "fetch", "checkpoint", "metrics", "runs"},
     {"engine", "reward_model", "rewards", "reward_training", "sft", "ranking", "comparisons", "evaluation"},
     {"plots", "report"},
-    {"__main__", "cli", "pipeline", "integrations"},
+    {"__main__", "cli", "doctor", "pipeline", "integrations"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 ONLY_OPS_IMPORTS = {"kernels", "native", "_C"}
@@ -114,7 +114,7 @@ def test_kernels_is_a_link_without_init() -> None:
     assert (PACKAGE / "kernels").is_symlink() and (PACKAGE / "kernels").readlink() == Path("../kernels")
 
 
-@pytest.mark.parametrize("module", ["rlhf_engine", "rlhf_engine.config", "rlhf_engine.native"])
+@pytest.mark.parametrize("module", ["rlhf_engine", "rlhf_engine.config", "rlhf_engine.native", "rlhf_engine.doctor"])
 def test_light_imports(module: str) -> None:
     script = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'transformers', 'triton'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlhf_engine import __version__
-from rlhf_engine.cli import arguments, paths
+from rlhf_engine.cli import arguments, doctor, paths
 from rlhf_engine.cli import help as helping
 from rlhf_engine.cli.mistakes import Mistake, nearest
 from rlhf_engine.config import GenerateConfig, RunConfig
@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             raise Mistake(f"there is no command {command!r}{hint}")
         if command == "report":
             return _report(words[1:])
+        if command == "doctor":
+            return doctor.run(words[1:])
         config = arguments.parse(command, words[1:])
         if config is None:
             return 0
