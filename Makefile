@@ -63,6 +63,6 @@ lock:
 	rm -rf .venv-lock .lock-base.txt .lock-new.txt
 
 clean:
-	rm -rf $(VENV) .venv-unlocked .venv-lock .lock-base.txt build dist *.egg-info rlhf_engine/_C.so rlhf_engine/_C.json
+	rm -rf $(VENV) .venv-unlocked .venv-lock .lock-base.txt build dist *.egg-info rlhf_engine/_C.so rlhf_engine/_C.json rlhf_engine/_raw.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

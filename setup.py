@@ -1,4 +1,4 @@
-"""Builds the optional extension rlhf_engine/_C.so from csrc/; everything else is in pyproject.toml.
+"""Builds the optional extension rlhf_engine/_C.so from csrc/, and beside it _raw; everything else is in pyproject.toml.
 
 The extension is compiled against the headers of the torch that is installed (LibTorch's stable ABI; hence
 --no-build-isolation), with CUDA kernels where there is an nvcc, whether or not there is a GPU. Without torch or a C++
@@ -15,15 +15,18 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cpp"))
+SOURCES = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cpp") if path.name != "python.cpp")
 KERNELS = sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cu"))
 ONLY_WITH_CUDA = {"csrc/bindings_cuda.cpp"}
+PYTHON_SIDE = "csrc/python.cpp"
+SONAME = "rlhf_engine._C"  # other packages have a _C.so, too
 # Only functions that torch 2.10 has: the result then loads into any later torch.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 # No -ffast-math: linking with it makes the whole process flush denormals. No contraction into fused multiply-adds: the
@@ -73,8 +76,8 @@ def plan(library: Path, objects: Path, torch: Path, compiler: str, nvcc: str | N
     include = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -isystem {torch / 'include'}"
     # --no-as-needed keeps libtorch.so among the needed libraries: where it is a CUDA build it brings CUDA with it.
     libraries = f"-L{torch / 'lib'} -ltorch -ltorch_cpu -lc10"
-    cuda_link = f"{nvcc} -shared -cudart static -Xlinker --no-as-needed {libraries}"
-    link = cuda_link if nvcc else f"{compiler} -shared -Wl,--no-as-needed {libraries}"
+    cuda_link = f"{nvcc} -shared -cudart static -Xlinker --no-as-needed,-soname={SONAME} {libraries}"
+    link = cuda_link if nvcc else f"{compiler} -shared -Wl,--no-as-needed,-soname={SONAME} {libraries}"
     lines = [
         "rule cxx",
         f"  command = {compiler} {' '.join(FLAGS)} {include} -MMD -MF $out.d -c $in -o $out",
@@ -90,7 +93,34 @@ def plan(library: Path, objects: Path, torch: Path, compiler: str, nvcc: str | N
     for source in sources:
         made.append(str(objects / f"{Path(source).name}.o"))
         lines.append(f"build {made[-1]}: {'cuda' if source in KERNELS else 'cxx'} {ROOT / source}")
-    return "\n".join([*lines, f"build {library}: link {' '.join(made)}", ""])
+    return "\n".join([*lines, f"build {library}: link {' '.join(made)}", *plan_python(library, compiler, nvcc), ""])
+
+
+def plan_python(library: Path, compiler: str, nvcc: str | None) -> list[str]:
+    """The module that benchmarks use, for this Python alone. It needs _C.so, loaded before it and known by SONAME."""
+    import pybind11
+
+    targets = ",".join(f'"sm_{target}"' for target in TARGETS)
+    flags = [*FLAGS, f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
+    flags += [f"'-DRLHF_CUDA={targets}'"] if nvcc else []
+    return [
+        "rule python",
+        f"  command = {compiler} {' '.join(flags)} -shared $in -o $out",
+        f"build {raw_module(library)}: python {ROOT / PYTHON_SIDE} {library}",
+    ]
+
+
+def raw_module(library: Path) -> Path:
+    return library.with_name(f"_raw{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+def ninja(objects: Path, target: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ninja", "-C", str(objects), "-v", str(target)], capture_output=True, text=True, cwd=ROOT
+    )
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise NotBuilt(f"a compiler's command failed:\n{(done.stdout + done.stderr)[-4000:]}")
 
 
 def compile_all(library: Path, objects: Path) -> dict[str, str]:
@@ -99,19 +129,22 @@ def compile_all(library: Path, objects: Path) -> dict[str, str]:
     library, objects = library.absolute(), objects.absolute()
     objects.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    if importlib.util.find_spec("ninja") is None:
-        raise NotBuilt("ninja is not installed in the building environment; install it and use --no-build-isolation")
+    for package in ("ninja", "pybind11"):
+        if importlib.util.find_spec(package) is None:
+            raise NotBuilt(
+                f"{package} is not installed in the building environment; install it and use --no-build-isolation"
+            )
     (objects / "build.ninja").write_text(plan(library, objects, torch, compiler, nvcc))
-    done = subprocess.run(
-        [sys.executable, "-m", "ninja", "-C", str(objects), "-v"], capture_output=True, text=True, cwd=ROOT
-    )
-    print(done.stdout, flush=True)
-    if done.returncode:
-        raise NotBuilt(f"a compiler's command failed:\n{(done.stdout + done.stderr)[-4000:]}")
-    return {
+    ninja(objects, library)
+    info = {
         "compiler": version_of(compiler), "flags": " ".join(FLAGS), "torch": importlib.metadata.version("torch"),
         "nvcc": version_of(nvcc) if nvcc else "", "targets": " ".join(f"sm_{t}" for t in TARGETS) if nvcc else "",
     }  # fmt: skip
+    try:
+        ninja(objects, raw_module(library))
+    except NotBuilt as reason:  # as where Python came without its headers: only benchmarks want it
+        info["raw_not_built"] = str(reason)
+    return info
 
 
 def version_of(compiler: str) -> str:
@@ -124,15 +157,20 @@ class BuildNative(build_ext):
     info: dict[str, str]
 
     def get_ext_filename(self, fullname: str) -> str:
-        return fullname.replace(".", "/") + ".so"  # no Python in it, so no Python version in its name
+        if fullname.split(".")[-1] == "_C":
+            return fullname.replace(".", "/") + ".so"  # no Python in it, so no Python version in its name
+        return super().get_ext_filename(fullname)
 
     def run(self) -> None:
         package = ROOT / "rlhf_engine" if self.inplace else Path(self.build_lib, "rlhf_engine")
-        (package / "_C.so").unlink(missing_ok=True)  # a failed build must not leave the previous one in place
+        for old in (package / "_C.so", raw_module(package / "_C.so")):
+            old.unlink(missing_ok=True)  # a failed build must not leave the previous one in place
         super().run()
         (package / "_C.json").write_text(json.dumps(self.info, indent=1) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name.endswith("._raw"):
+            return  # made together with _C
         library = Path(self.get_ext_fullpath(ext.name))
         library.unlink(missing_ok=True)
         try:
@@ -143,7 +181,10 @@ class BuildNative(build_ext):
 
 
 setup(
-    ext_modules=[Extension("rlhf_engine._C", sources=[*SOURCES, *KERNELS], optional=True)],
+    ext_modules=[
+        Extension("rlhf_engine._C", sources=[*SOURCES, *KERNELS], optional=True),
+        Extension("rlhf_engine._raw", sources=[PYTHON_SIDE], optional=True),
+    ],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},  # one wheel for every Python 3
 )

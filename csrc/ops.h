@@ -84,6 +84,7 @@ constexpr long kManySequences = 256;  // fill a GPU with a block each
 
 }  // namespace rlhf
 
+#pragma GCC visibility push(default)  // for the module in python.cpp
 extern "C" {
 // Sequences [first, last).
 void rlhf_gae_cpu(const rlhf::Gae* op, long first, long last);
@@ -118,3 +119,4 @@ int rlhf_value_loss_cuda(const rlhf::ValueLoss* op, long size, const float* deno
                          float* loss, double* metrics, void* stream);
 const char* rlhf_cuda_error(int error);
 }
+#pragma GCC visibility pop

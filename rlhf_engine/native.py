@@ -6,10 +6,12 @@ package works without it. `python -m rlhf_engine.native` prints its state.
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 LIBRARY = Path(__file__).with_name("_C.so")
 _INFO = LIBRARY.with_suffix(".json")
@@ -41,6 +43,23 @@ def why_missing() -> str:
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
         return reason
     return ""
+
+
+def raw() -> ModuleType:
+    """The extension's functions on bare addresses, for benchmarks (csrc/python.cpp).
+
+    Raises:
+        ImportError: it was not built, for this Python or at all, and why.
+    """
+    if not load():
+        raise ImportError(why_missing())
+    try:
+        return importlib.import_module("rlhf_engine._raw")
+    except ImportError as error:
+        why = build_info().get(
+            "raw_not_built", "the package was built with another Python; build it again with this one"
+        )
+        raise ImportError(f"rlhf_engine._raw cannot be imported ({error}): {why}") from error
 
 
 if __name__ == "__main__":

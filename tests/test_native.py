@@ -44,3 +44,31 @@ def test_loading_leaves_denormals_alone() -> None:
 def test_build_info_says_how() -> None:
     info = native.build_info()
     assert {"compiler", "flags", "torch"} <= info.keys() and "fast-math" not in info["flags"], info
+
+
+def test_bare_addresses_give_what_the_operators_give() -> None:
+    """The module for benchmarks, where it was built (it needs Python's headers)."""
+    if "raw_not_built" in native.build_info():
+        pytest.skip(f"rlhf_engine._raw was not built: {native.build_info()['raw_not_built'][-200:]}")
+    raw = native.raw()
+    assert raw.targets == native.build_info()["targets"].split()
+    (rewards, values, ref), scores = torch.randn(3, 5, 70), torch.randn(5)
+    mask = torch.rand(5, 70) < 0.8
+    a, b, c, d = torch.empty(4, 5, 70)
+    inputs = [x.data_ptr() for x in (rewards, values, mask)]
+    raw.gae(*inputs, 5, 70, 0.99, 0.9, a.data_ptr(), b.data_ptr())
+    ours = torch.ops.rlhf_engine.gae(rewards, values, mask, None, None, None, None, 0.99, 0.9, 0.9, False, False)
+    assert torch.equal(a, ours[0]) and torch.equal(b, ours[1])
+    kept = torch.empty(5, 70, dtype=torch.bool)
+    places = [x.data_ptr() for x in (a, b, c, d, kept)]
+    raw.kl_gae(*(x.data_ptr() for x in (scores, rewards, ref, values, mask)), 5, 70, 0.1, 0.99, 0.9, *places)
+    inf = float("inf")
+    rest = (None, None, None, 0, -inf, inf, -inf, inf, 0.1, inf, False, 0.99, 0.9, False, False)
+    for x, y in zip(
+        (a, b, c, d, kept), torch.ops.rlhf_engine.kl_gae(scores, rewards, ref, values, mask, *rest), strict=True
+    ):
+        assert torch.equal(x, y)
+    raw.policy_loss(*(x.data_ptr() for x in (values, ref, rewards, mask)), 350, 0.2, 7.0, c.data_ptr(), a.data_ptr())
+    rest = (None, None, None, None, None, 7.0, 0.2, 0.2, inf, 0.0, 0.0, 0, False, True)
+    loss, gradient, *_ = torch.ops.rlhf_engine.ppo_loss(values, ref, rewards, mask, *rest)
+    assert torch.equal(c[0, 0], loss) and torch.equal(a, gradient)

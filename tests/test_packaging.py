@@ -24,7 +24,7 @@ def run(*command: str, cwd: Path, **env: str) -> str:
 
 def copy_sources(to: Path) -> Path:
     """A copy, since building in the checkout would leave, and pick up, old build results."""
-    built = shutil.ignore_patterns("__pycache__", "_C.*")
+    built = shutil.ignore_patterns("__pycache__", "_C.*", "_raw.*")
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=built)

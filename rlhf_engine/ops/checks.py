@@ -47,7 +47,9 @@ def same_device(op: str, reference: dict[str, Tensor], **tensors: Tensor | None)
             raise ValueError(f"{op}: {name} is on {x.device}, {reference_name} on {expected.device}")
 
 
-def constant(op: str, **tensors: Tensor | None) -> None:
+def constants(op: str, reference: dict[str, Tensor], **tensors: Tensor | None) -> None:
+    """As like; and a gradient that is asked for would be lost."""
+    like(op, reference, **tensors)
     for name, x in tensors.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} requires grad, but the loss treats it as a constant; pass {name}.detach()")
@@ -82,6 +84,19 @@ def targets(op: str, targets: Tensor, mask: Tensor | None, ignore_index: int, vo
     if wrong.any():
         place = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(f"{op}: target {targets[place].item()} at {place} is outside the vocabulary [0, {vocabulary})")
+
+
+def denominator(op: str, weights: Tensor | None, denom: float | Tensor | None) -> None:
+    """Weights need their denom: most modes divide by something other than the number of tokens."""
+    if denom is None:
+        if weights is not None:
+            raise ValueError(
+                f"{op}: weights are given without denom; pass the count of the whole batch (see token_denom)"
+            )
+    elif not isinstance(denom, Tensor):
+        not_negative(op, denom=denom)
+    elif denom.dim() != 0:
+        raise ValueError(f"{op}: denom must be a number or a 0-d tensor, got {shape(denom)}")
 
 
 def sequences(op: str, mask: Tensor, cu_seqlens: Tensor | None, name: str = "mask") -> int:
@@ -123,28 +138,29 @@ def output(op: str, inputs: dict[str, Tensor], **tensors: Tensor) -> None:
     and in memory of its own."""
     dtype = torch.float64 if any(x.dtype is torch.float64 for x in inputs.values()) else torch.float32
     ((first_name, first), *_) = inputs.items()
-    others = dict(inputs)
     for name, x in tensors.items():
         wanted = torch.bool if name.endswith("mask") else dtype
         if x.shape != first.shape:
             raise ValueError(f"{op}: {name} {shape(x)} does not match {first_name} {shape(first)}")
-        same_device(op, {first_name: first}, **{name: x})
+        if x.device != first.device:
+            same_device(op, {first_name: first}, **{name: x})
         if x.dtype is not wanted or not x.is_contiguous() or x.requires_grad:
             raise ValueError(f"{op}: {name} must be contiguous {wanted} without gradient")
-        for other, y in others.items():
-            if _overlap(x, y):
+    if torch.compiler.is_compiling() or not first.numel():  # no memory to compare
+        return
+    taken = {name: _memory(x) for name, x in inputs.items()}
+    for name, x in tensors.items():
+        begin, end = _memory(x)
+        for other, (other_begin, other_end) in taken.items():
+            if begin < other_end and other_begin < end:
                 raise ValueError(f"{op}: {name} shares memory with {other}; give it memory of its own")
-        others[name] = x
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not (a.numel() and b.numel()):  # no memory to compare
-        return False
-    (a_first, a_end), (b_first, b_end) = _memory(a), _memory(b)
-    return a_first < b_end and b_first < a_end
+        taken[name] = (begin, end)
 
 
 def _memory(x: Tensor) -> tuple[int, int]:
     """First address and the one behind the last; strides are never negative."""
+    begin = x.data_ptr()
+    if x.is_contiguous():
+        return begin, begin + x.nbytes
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+    return begin, begin + (last + 1) * x.element_size()

@@ -133,7 +133,8 @@ def linear_policy_loss(
             raise ValueError(f"{op}: rows must be (n,) int64, got {checks.shape(rows)} {rows.dtype}")
         checks.same_device(op, {"targets": targets}, rows=rows)
         checks.targets(op, targets.reshape(-1)[rows], None, ignore_index, weight.shape[0])
-    check_weights(op, {"targets": targets}, weights, denom)
+    checks.like(op, {"targets": targets}, weights=weights)
+    checks.denominator(op, weights, denom)
     return select(op, backend, hidden.device.type)(
         hidden, weight, targets, token_loss, bias=bias, temperature=temperature, softcap=softcap,
         logit_scale=logit_scale, mask=mask, ignore_index=ignore_index, rows=rows, weights=weights, denom=denom,
@@ -164,13 +165,3 @@ def _check_linear(
     checks.same_device(op, {"hidden": hidden}, weight=weight, targets=targets, bias=bias)
     checks.like(op, {"targets": targets}, mask=mask)
     checks.positive(op, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-
-
-def check_weights(op: str, reference: dict[str, Tensor], weights: Tensor | None, denom: float | Tensor | None) -> None:
-    """Weights need their denom: most modes divide by something other than the number of tokens."""
-    checks.like(op, reference, weights=weights)
-    checks.not_negative(op, denom=denom)
-    if weights is not None and denom is None:
-        raise ValueError(f"{op}: weights are given without denom; pass the count of the whole batch (see token_denom)")
-    if isinstance(denom, Tensor) and denom.dim() != 0:
-        raise ValueError(f"{op}: denom must be a number or a 0-d tensor, got {checks.shape(denom)}")

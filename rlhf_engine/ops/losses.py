@@ -12,7 +12,6 @@ from rlhf_engine import reference
 from rlhf_engine.ops import checks
 from rlhf_engine.ops.advantages import KL_KINDS
 from rlhf_engine.ops.backends import select
-from rlhf_engine.ops.heads import check_weights
 from rlhf_engine.reference import TokenLoss
 
 
@@ -61,13 +60,17 @@ def ppo_loss(
         ValueError: shapes, dtypes or devices that do not fit; a constant that requires grad; weights without denom.
     """
     op = "ppo_loss"
-    checks.floating(op, logprobs=logprobs)
-    _check_policy(op, {"logprobs": logprobs}, old_logprobs, advantages, is_weights, ref_logprobs)
-    checks.like(op, {"logprobs": logprobs}, mask=mask, entropy=entropy)
+    expected = {"logprobs": logprobs}
+    checks.floating(op, **expected)
+    checks.constants(
+        op, expected, old_logprobs=old_logprobs, advantages=advantages, is_weights=is_weights,
+        ref_logprobs=ref_logprobs,
+    )  # fmt: skip
+    checks.like(op, expected, mask=mask, entropy=entropy, weights=weights)
+    checks.denominator(op, weights, denom)
     _check_coefficients(op, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef, kl_kind)
     if entropy_coef and entropy is None:
         raise ValueError(f"{op}: entropy_coef is {entropy_coef}, but entropy is not given")
-    check_weights(op, {"logprobs": logprobs}, weights, denom)
     return select(op, backend, logprobs.device.type)(
         logprobs, old_logprobs, advantages, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
         is_weights=is_weights, entropy=entropy, entropy_coef=entropy_coef, ref_logprobs=ref_logprobs, kl_coef=kl_coef,
@@ -90,7 +93,8 @@ def ppo_token_loss(
 ) -> TokenLoss:
     """The same formula as ppo_loss per token, to plug into linear_policy_loss: see both for arguments and errors."""
     op = "ppo_token_loss"
-    _check_policy(op, {"old_logprobs": old_logprobs}, old_logprobs, advantages, is_weights, ref_logprobs)
+    expected = {"old_logprobs": old_logprobs}
+    checks.constants(op, expected, **expected, advantages=advantages, is_weights=is_weights, ref_logprobs=ref_logprobs)
     _check_coefficients(op, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef, kl_kind)
     return reference.ppo_token_loss(
         old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, is_weights=is_weights,
@@ -126,28 +130,14 @@ def value_loss(
         ValueError: as ppo_loss.
     """
     op = "value_loss"
-    tensors = {"old_values": old_values, "returns": returns}
-    checks.floating(op, values=values)
-    checks.like(op, {"values": values}, mask=mask, **tensors)
-    checks.constant(op, **tensors)
+    expected = {"values": values}
+    checks.floating(op, **expected)
+    checks.constants(op, expected, old_values=old_values, returns=returns)
+    checks.like(op, expected, mask=mask, weights=weights)
+    checks.denominator(op, weights, denom)
     checks.not_negative(op, clip=clip)
-    check_weights(op, {"values": values}, weights, denom)
     function = select(op, backend, values.device.type)
     return function(values, old_values, returns, mask, clip=clip, weights=weights, denom=denom)
-
-
-def _check_policy(
-    op: str,
-    expected: dict[str, Tensor],
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    is_weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-) -> None:
-    tensors = {"old_logprobs": old_logprobs, "advantages": advantages}
-    optional = {"is_weights": is_weights, "ref_logprobs": ref_logprobs}
-    checks.like(op, expected, **tensors, **optional)
-    checks.constant(op, **tensors, **optional)
 
 
 def _check_coefficients(
