@@ -43,6 +43,9 @@ CUDA_FLAGS = [
 ]  # fmt: skip
 
 
+WHERE = "in the building environment; install it and use --no-build-isolation"
+
+
 class NotBuilt(Exception):
     """The extension cannot be built here; the message says why and what to do."""
 
@@ -51,7 +54,7 @@ def find_torch() -> Path:
     """The folder of the installed torch, found without importing it (that takes seconds)."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise NotBuilt("torch is not installed in the building environment; install it and use --no-build-isolation")
+        raise NotBuilt(f"torch is not installed {WHERE}")
     folder = Path(spec.origin).parent
     if not (folder / "include/torch/csrc/stable/library.h").exists():
         raise NotBuilt(f"the torch in {folder} has no stable ABI headers; torch 2.10 or later has")
@@ -129,11 +132,10 @@ def compile_all(library: Path, objects: Path) -> dict[str, str]:
     library, objects = library.absolute(), objects.absolute()
     objects.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    for package in ("ninja", "pybind11"):
-        if importlib.util.find_spec(package) is None:
-            raise NotBuilt(
-                f"{package} is not installed in the building environment; install it and use --no-build-isolation"
-            )
+    if importlib.util.find_spec("ninja") is None:
+        raise NotBuilt(f"ninja is not installed {WHERE}")
+    if importlib.util.find_spec("pybind11") is None:
+        raise NotBuilt(f"pybind11 is not installed {WHERE}")
     (objects / "build.ninja").write_text(plan(library, objects, torch, compiler, nvcc))
     ninja(objects, library)
     info = {

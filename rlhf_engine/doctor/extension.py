@@ -17,6 +17,7 @@ FIRST = {
     "torch is not installed": "`pip install torch`",
     "no stable ABI headers": "`pip install --upgrade torch`",
     "ninja is not installed": "`pip install ninja`",
+    "pybind11 is not installed": "`pip install pybind11`",
     "command failed": "mend what the compiler names (`pip install -v` shows all of it)",
 }
 
