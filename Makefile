@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WITH_LOCK := $(if $(LOCK),-c $(LOCK))
 NATIVE := setup.py $(wildcard csrc/*)
 
-.PHONY: setup demo test check ci-long lock clean
+.PHONY: setup demo test check upstream ci-long lock clean
 
 setup: $(VENV)/.installed
 
@@ -40,6 +40,15 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	@$(BIN)/python -m rlhf_engine.native
 	@touch $@
 
+# Other trainers in a folder of their own: what they pin contradicts this package and each other. Only these tests see it.
+.upstream/.installed: constraints/upstream.txt $(VENV)/.torch
+	rm -rf .upstream
+	$(PIP) install --no-deps --target .upstream -r $<
+	@touch $@
+
+upstream: setup .upstream/.installed
+	HF_HUB_OFFLINE=1 UPSTREAM=$(CURDIR)/.upstream $(BIN)/python -m pytest -q tests/upstream
+
 # The unlocked job: does the newest of everything still import and pass a quick test? Only torch stays as it is in
 # $(VENV), since another build of it is gigabytes.
 ci-long: setup
@@ -47,6 +56,8 @@ ci-long: setup
 	$(BIN)/python -m pip freeze | grep -E '^torch==' > $(VENV)/torch.txt
 	$(MAKE) setup VENV=.venv-unlocked LOCK=$(VENV)/torch.txt
 	.venv-unlocked/bin/python -m pytest -q tests/test_layers.py tests/test_native.py tests/test_kernels.py
+	@echo "ci-long: other trainers"
+	$(MAKE) upstream
 
 # A new lock: everything at its newest in a clean environment, except torch and the triton it was tested with. Where the
 # newest needs Python 3.11, a second line holds what 3.10 gets; those lines are kept as they are.
@@ -63,6 +74,6 @@ lock:
 	rm -rf .venv-lock .lock-base.txt .lock-new.txt
 
 clean:
-	rm -rf $(VENV) .venv-unlocked .venv-lock .lock-base.txt build dist *.egg-info rlhf_engine/_C.so rlhf_engine/_C.json rlhf_engine/_raw.*
+	rm -rf $(VENV) .venv-unlocked .venv-lock .lock-base.txt .upstream build dist *.egg-info rlhf_engine/_C.so rlhf_engine/_C.json rlhf_engine/_raw.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

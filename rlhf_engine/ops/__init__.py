@@ -9,6 +9,7 @@ from rlhf_engine.ops.aggregate import finalize_metrics, merge_metrics, token_den
 from rlhf_engine.ops.backends import available
 from rlhf_engine.ops.heads import linear_logprobs, linear_policy_loss, token_logprobs
 from rlhf_engine.ops.losses import ppo_loss, ppo_token_loss, value_loss
+from rlhf_engine.ops.presets import preset
 from rlhf_engine.reference import ShapedAdvantages, TokenLoss
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "merge_metrics",
     "ppo_loss",
     "ppo_token_loss",
+    "preset",
     "token_denom",
     "token_logprobs",
     "token_weights",
