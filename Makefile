@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WITH_LOCK := $(if $(LOCK),-c $(LOCK))
 NATIVE := setup.py $(wildcard csrc/*)
 
-.PHONY: setup demo test check upstream ci-long lock clean
+.PHONY: setup demo test check upstream ci-long aot-versions lock clean
 
 setup: $(VENV)/.installed
 
@@ -51,13 +51,23 @@ upstream: setup .upstream/.installed
 
 # The unlocked job: does the newest of everything still import and pass a quick test? Only torch stays as it is in
 # $(VENV), since another build of it is gigabytes.
-ci-long: setup
+ci-long: setup aot-versions
 	@echo "ci-long: unlocked install"
 	$(BIN)/python -m pip freeze | grep -E '^torch==' > $(VENV)/torch.txt
 	$(MAKE) setup VENV=.venv-unlocked LOCK=$(VENV)/torch.txt
-	.venv-unlocked/bin/python -m pytest -q tests/test_layers.py tests/test_native.py tests/test_kernels.py
+	.venv-unlocked/bin/python -m pytest -q tests/test_layers.py tests/test_native.py tests/test_kernels.py tests/test_loss_kernels.py
 	@echo "ci-long: other trainers"
 	$(MAKE) upstream
+
+# The kernels compiled by the oldest triton in use: that of torch 2.11, which CUDA machines still have.
+OLD_TRITON := 3.6.0
+OLD_PATH := PYTHONPATH=$(CURDIR)/.triton-$(OLD_TRITON):$(CURDIR)
+aot-versions: setup
+	@echo "aot-versions: kernels compiled by triton $(OLD_TRITON)"
+	test -d .triton-$(OLD_TRITON) || $(PIP) install --no-deps --target .triton-$(OLD_TRITON) triton==$(OLD_TRITON)
+	$(OLD_PATH) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(OLD_TRITON)", triton.__version__'
+	$(OLD_PATH) $(BIN)/python tests/test_kernels.py compile
+	$(OLD_PATH) $(BIN)/python tests/test_loss_kernels.py compile
 
 # A new lock: everything at its newest in a clean environment, except torch and the triton it was tested with. Where the
 # newest needs Python 3.11, a second line holds what 3.10 gets; those lines are kept as they are.
@@ -74,6 +84,7 @@ lock:
 	rm -rf .venv-lock .lock-base.txt .lock-new.txt
 
 clean:
-	rm -rf $(VENV) .venv-unlocked .venv-lock .lock-base.txt .upstream build dist *.egg-info rlhf_engine/_C.so rlhf_engine/_C.json rlhf_engine/_raw.*
+	rm -rf $(VENV) .venv-unlocked .venv-lock .lock-base.txt .upstream .triton-* build dist *.egg-info
+	rm -f rlhf_engine/_C.so rlhf_engine/_C.json rlhf_engine/_raw.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,28 +1,16 @@
-"""kernels/token_logprobs.py against PyTorch in float64, without a GPU.
-
-TRITON_INTERPRET is read when a kernel file is imported and then holds for the whole process, so nothing here imports
-one into pytest's process: this file is also a script, run once in the interpreter and once to compile ahead of time,
-which prints one verdict per case. Each case becomes a test of its own.
-"""
+"""kernels/token_logprobs.py against PyTorch in float64, without a GPU; kernel_script.py says how."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
+import kernel_script
 import pytest
 import torch
+from kernel_script import check_close
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
 VOCABULARIES = (1, 2, 127, 128, 129, 1000, 9001)  # the last: more than one block forward, and a ragged one
 DTYPES = ("float32", "bfloat16")
 
@@ -38,15 +26,6 @@ def truth_gradient(logits: Tensor, targets: Tensor, temperature: float, grads: t
     leaf = logits.detach().to(dtype).requires_grad_()
     outputs = truth(leaf, targets, temperature, dtype)
     return torch.autograd.grad(outputs, leaf, [g.to(dtype) for g in grads])[0]
-
-
-def check_close(what: str, ours: Tensor, exact: Tensor, torchs: Tensor, epsilon: float) -> None:
-    """Our largest error is at most twice that of PyTorch at the same precision, plus epsilon."""
-    both_infinite = exact.isinf() & (ours == exact)
-    error = (ours.double() - exact).where(~both_infinite, 0.0).abs().max()
-    allowed = 2 * (torchs.double() - exact).nan_to_num(0.0, 0.0, 0.0).abs().max() + epsilon
-    if not error <= allowed:
-        raise AssertionError(f"{what}: error {error:.3g}, allowed {allowed:.3g}")
 
 
 def compare(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> None:
@@ -164,35 +143,18 @@ def case_empty_and_wrong() -> None:
 
 
 def compile_for_gpu(capability: int, dtype: str, aligned: bool) -> None:
-    """Compiles both kernels at the block of a real vocabulary; registers must not spill to memory."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    """Both kernels at the block of a real vocabulary; registers must not spill to memory."""
     from rlhf_engine.kernels import token_logprobs as kernel
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    pointers = dict(X=f"*{dtype}", DX=f"*{dtype}", Y="*i64")
-    scalars = dict(stride_b="i64", stride_t="i64", T="i32", V="i32", inv_t="fp32", ignore="i32")
-    for function, constants in ((kernel._forward, dict(BLOCK=4096, STEPS=12)), (kernel._backward, dict(BLOCK=4096))):
-        names = function.arg_names
-        types = {name: "constexpr" if name in constants else (pointers | scalars).get(name, "*fp32") for name in names}
-        divisible = [name for name, kind in types.items() if aligned and (kind[0] == "*" or name in ("stride_t", "V"))]
-        source = ASTSource(
-            fn=function,
-            signature=types,
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
-        )
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
-            cubin.flush()
-            command = [str(tools / "cuobjdump"), "--dump-resource-usage", cubin.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-        print(function.__name__, f"sm_{capability} {dtype} {aligned=}", resources, file=sys.stderr)
-        assert resources["REG"] > 0 and resources["STACK"] == resources["LOCAL"] == 0, resources
+    V, first = (152064, 0) if aligned else (152063, 1)
+    logits = torch.empty(2 * V + first, dtype=getattr(torch, dtype))[first:].view(2, V)
+    targets, ones = torch.zeros(2, dtype=torch.long), torch.ones(2)
+    with kernel_script.compiling_for(capability) as compiled:
+        kernel.forward(logits, targets)
+        kernel.backward(ones, ones, logits, targets, ones, ones, ones)
+    assert len(compiled) == 2
+    for each in compiled:
+        kernel_script.check_resources(each, f"sm_{capability} {dtype} {aligned=}")
 
 
 INTERPRETED: dict[str, Callable[[], None]] = {
@@ -208,29 +170,23 @@ COMPILED: dict[str, Callable[[], None]] = {
     f"sm_{capability}-{dtype}-{'aligned' if aligned else 'unaligned'}": partial(
         compile_for_gpu, capability, dtype, aligned
     )
-    for capability, dtype, aligned in ((80, "bf16", True), (90, "bf16", True), (90, "bf16", False), (90, "fp32", True))
+    for capability, dtype, aligned in (
+        (80, "bfloat16", True),
+        (90, "bfloat16", True),
+        (90, "bfloat16", False),
+        (90, "float32", True),
+    )
 }
-
-
-def run_as_script(mode: str, scratch: Path) -> dict[str, str]:
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(scratch), "PYTHONPATH": str(ROOT)}
-    if mode == "interpret":
-        env["TRITON_INTERPRET"] = "1"
-    done = subprocess.run([sys.executable, __file__, mode], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    print(done.stderr)
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_as_script("interpret", tmp_path_factory.mktemp("interpret"))
+    return kernel_script.run(__file__, "interpret", tmp_path_factory.mktemp("interpret"))
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_as_script("compile", tmp_path_factory.mktemp("compile"))
+    return kernel_script.run(__file__, "compile", tmp_path_factory.mktemp("compile"))
 
 
 @pytest.mark.parametrize("case", INTERPRETED)
@@ -243,23 +199,5 @@ def test_ahead_of_time(case: str, compiled: dict[str, str]) -> None:
     assert not compiled[case], compiled[case]
 
 
-def main(mode: str) -> None:
-    if mode == "interpret":
-        import interpreter_patch
-        import numpy as np
-
-        interpreter_patch.apply()
-        np.seterr(invalid="ignore")  # NumPy warns where a GPU quietly makes the NaN that a case asks for
-    verdicts = {}
-    for name, case in (INTERPRETED if mode == "interpret" else COMPILED).items():
-        torch.manual_seed(0)
-        try:
-            case()
-            verdicts[name] = ""
-        except Exception:
-            verdicts[name] = traceback.format_exc()
-    json.dump(verdicts, sys.stdout)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    kernel_script.main(INTERPRETED, COMPILED)
