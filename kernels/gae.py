@@ -1,4 +1,4 @@
-"""Advantages and returns by GAE, and the whole way there from scores and log-probs. One program to a sequence.
+"""Advantages and returns by GAE, one program to a sequence; with scores, rewards are shaped on the way (kl_gae.py).
 
     r_t = -kl_coef kl_t, plus the score at one place (kl_gae)
     delta_t = r_t + gamma V_p - V_t        A_t = delta_t + gamma lam A_p        R_t = A_t + V_t
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_engine.kernels.kl import clamp, kl_of_token
-from rlhf_engine.kernels.whiten import store_moments, whiten_by
+from rlhf_engine.kernels.whiten import store_moments
 
 TILE = 512
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -177,7 +177,7 @@ def _sequence(
         store_moments(MOMENTS, number, tl.num_programs(0), count, mean, squares)
 
 
-def _launch(
+def launch(
     rewards: Tensor,
     values: Tensor,
     mask: Tensor,
@@ -200,14 +200,14 @@ def _launch(
     if not values.numel():
         return
     with torch.cuda.device_of(values):
-        _sequence[(_count(values, cu_seqlens),)](
+        _sequence[(count_of(values, cu_seqlens),)](
             rewards, values, mask, cu_seqlens, 0 if cu_seqlens is not None else values.shape[1], lam, value_lam,
             bootstrap, gamma, gamma * lam_all, gamma * value_lam_all, advantages, returns, *shaping, *bounds,
             KIND=kl_kind, AFTER=after, TWO=two_lambdas, DECAY=decay, TILE=TILE, **OPTIONS
         )  # fmt: skip
 
 
-def _count(values: Tensor, cu_seqlens: Tensor | None) -> int:
+def count_of(values: Tensor, cu_seqlens: Tensor | None) -> int:
     return values.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
@@ -228,7 +228,7 @@ def gae_out(
     returns: Tensor,
 ) -> None:
     """`gae` into `advantages` and `returns`, which are none of the inputs."""
-    _launch(
+    launch(
         rewards, values, mask, lam, value_lam, bootstrap, cu_seqlens, gamma, lam_all, value_lam_all, two_lambdas,
         decay, advantages, returns
     )  # fmt: skip
@@ -264,82 +264,3 @@ def gae(
         decay, advantages, returns
     )  # fmt: skip
     return advantages, returns
-
-
-def kl_gae_out(
-    scores: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    lam: Tensor | None,
-    bootstrap: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kl_kind: int,
-    diff_low: float,
-    diff_high: float,
-    value_low: float,
-    value_high: float,
-    kl_coef: float,
-    score_bound: float,
-    after: bool,
-    gamma: float,
-    lam_all: float,
-    decay: bool,
-    whiten: bool,
-    rewards: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    kl: Tensor,
-    value_mask: Tensor,
-) -> None:
-    """`kl_gae` into given tensors, which are none of the inputs."""
-    moments = values.new_empty(3, _count(values, cu_seqlens), dtype=torch.float64) if whiten else None
-    _launch(
-        rewards, values, mask, lam, None, bootstrap, cu_seqlens, gamma, lam_all, lam_all, False, decay, advantages,
-        returns, (scores, logprobs, ref_logprobs, kl, value_mask, moments),
-        (diff_low, diff_high, value_low, value_high, kl_coef, score_bound), kl_kind, after
-    )  # fmt: skip
-    if moments is not None and values.numel():
-        whiten_by(moments, advantages, mask, 0, 1e-8, True, True, True, advantages)
-
-
-def kl_gae(
-    scores: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    lam: Tensor | None,
-    bootstrap: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kl_kind: int,
-    diff_low: float,
-    diff_high: float,
-    value_low: float,
-    value_high: float,
-    kl_coef: float,
-    score_bound: float,
-    after: bool,
-    gamma: float,
-    lam_all: float,
-    decay: bool,
-    whiten: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(rewards, advantages, returns, kl, value_mask): rewards = -kl_coef kl and the score, then `gae`, then whitening.
-
-    Args:
-        scores: (B,) float32, of whole sequences, clamped to +-score_bound.
-        logprobs, ref_logprobs, values, mask, lam, bootstrap, cu_seqlens, gamma, lam_all, decay: see `gae`.
-        kl_kind and the four bounds: see kl.py.
-        after: the score goes to the slot after the last trainable token, where the sequence has one; else to the token.
-        whiten: the advantages, over the mask, with the biased variance and eps 1e-8.
-    """
-    rewards, advantages, returns, kl = (torch.empty_like(logprobs) for _ in range(4))
-    value_mask = torch.empty_like(logprobs, dtype=torch.bool)
-    kl_gae_out(
-        scores, logprobs, ref_logprobs, values, mask, lam, bootstrap, cu_seqlens, kl_kind, diff_low, diff_high,
-        value_low, value_high, kl_coef, score_bound, after, gamma, lam_all, decay, whiten, rewards, advantages,
-        returns, kl, value_mask
-    )  # fmt: skip
-    return rewards, advantages, returns, kl, value_mask

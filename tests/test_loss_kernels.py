@@ -49,6 +49,12 @@ def modules(small: bool = True) -> tuple[ModuleType, ...]:
     return kl, gae, whiten, losses
 
 
+def kl_gae(*arguments: Any) -> tuple[Tensor, ...]:
+    from rlhf_engine.kernels.kl_gae import kl_gae as kernel
+
+    return kernel(*arguments)
+
+
 REAL: dict[tuple[str, str], int] = {}
 
 
@@ -165,7 +171,7 @@ def case_kl_gae(kind: str, after: bool, decay: bool) -> None:
         scores = 4 * scores - 2
         mask[0, -1] = count == 2  # a sequence with, and one without a slot behind its last token
         each = lam.double() if decay else None
-        ours = gae.kl_gae(
+        ours = kl_gae(
             scores, new, ref, values, mask, each, bootstrap, None, KINDS.index(kind), -1.5, inf, -inf, 2.0, 0.3, 1.0,
             after, 0.97, 0.9, decay, whiten,
         )  # fmt: skip
@@ -193,8 +199,8 @@ def every_gae(x: Tensor, each: Tensor, mask: Tensor, offsets: Tensor | None, dec
     rest = (3, *OPEN, 0.1, inf)
     return (
         *gae.gae(x[0], x[1], mask, lam, None, bootstrap, offsets, 0.97, 0.0, 0.5, True, decay),
-        *gae.kl_gae(scores, x[0], x[1], x[2], mask, None, None, offsets, *rest, False, 0.97, 0.9, decay, False),
-        *gae.kl_gae(scores, x[0], x[1], x[2], mask, lam, bootstrap, offsets, *rest, True, 0.97, 0.0, decay, True),
+        *kl_gae(scores, x[0], x[1], x[2], mask, None, None, offsets, *rest, False, 0.97, 0.9, decay, False),
+        *kl_gae(scores, x[0], x[1], x[2], mask, lam, bootstrap, offsets, *rest, True, 0.97, 0.0, decay, True),
     )
 
 
@@ -374,18 +380,56 @@ def case_many_sequences() -> None:
     _, gae, white, _ = modules()
     x, each, mask = batch(2 * white.MOST_PARTS + 1, 5)
     arguments = (each[0], x[0], x[1], x[2], mask, None, None, None, 0, *OPEN, 0.1, inf, False, 0.97, 0.9, False)
-    _, plain, *_ = gae.kl_gae(*arguments, False)
-    _, whitened, *_ = gae.kl_gae(*arguments, True)
+    _, plain, *_ = kl_gae(*arguments, False)
+    _, whitened, *_ = kl_gae(*arguments, True)
     all_close("whitened", (whitened,), lambda dtype: (reference.whiten(plain.to(dtype), mask),))
 
 
 def case_out() -> None:
     _, gae, white, _ = modules()
-    x, _, mask = batch(3, 20)
+    x, each, mask = batch(3, 20)
     arguments = (x[0], x[1], mask, None, None, None, None, 0.9, 0.9, 0.9, False, False)
     out = torch.full((3, 20), 7.0), torch.full((3, 20), 7.0)
     assert gae.gae_out(*arguments, *out) is None
     same_bits(out, gae.gae(*arguments))
+    from rlhf_engine.kernels.kl_gae import kl_gae_out
+
+    rest = (each[0], x[0], x[1], x[2], mask, None, None, None, 0, *OPEN, 0.1, 1.0, True, 0.97, 0.9, False, True)
+    places = *(torch.full((3, 20), 7.0) for _ in range(4)), torch.ones(3, 20, dtype=torch.bool)
+    assert kl_gae_out(*rest, *places) is None
+    same_bits(places, kl_gae(*rest))
+
+
+def case_ops() -> None:
+    """Through the registered operators, with gradients, as the front door calls them on a GPU."""
+    from rlhf_engine.ops.backends import _TABLE
+
+    modules()
+    (a, b, c, d, e, f, g, *_), each, mask = batch(3, 20)
+    chosen, plain = ({op: functions[name] for op, functions in _TABLE.items() if name in functions} for name in
+                     ("triton", "reference"))  # fmt: skip
+    recursion = dict(gamma=0.97, lam=0.9, holes="carry", bootstrap=each[1], cu_seqlens=None, out=None)
+    clamps = dict(kl_kind="k3", kl_clamp_diff=2.0, kl_clamp_value=None)
+    rest = dict(whiten=True, score_at="after", score_clip=0.5)
+    losses = dict(clip_low=0.2, clip_high=0.3, dual_clip=3.0, is_weights=d, entropy_coef=0.1, kl_coef=0.1)
+
+    def run(op: dict[str, Callable[..., Any]], dtype: torch.dtype) -> list[Tensor]:
+        leaf, entropy = (x.to(dtype).requires_grad_() for x in (a, e))
+        estimate = op["kl_estimate"](leaf, b, kind="k3", clamp_diff=None, clamp_value=None)
+        policy, metrics = op["ppo_loss"](
+            leaf, b, c, mask, **losses, entropy=entropy, ref_logprobs=f, kl_kind="k2", weights=g, denom=7.0
+        )
+        value, value_metrics = op["value_loss"](leaf, b, c, mask, clip=0.2, weights=None, denom=None)
+        shaped = op["kl_gae"](each[0], a, b, c, mask, kl_coef=0.1, **clamps, **rest, **recursion)
+        gradients = torch.autograd.grad(estimate.sum() + policy + value, (leaf, entropy))
+        plain_numbers = (estimate, policy, value, *gradients, *metrics.values(), *value_metrics.values())
+        white = op["whiten"](a, mask, center=True, ddof=1, eps=1e-8, eps_mode="max", zero_masked=True, out=None)
+        advantages = op["gae"](a, b, mask, value_lam=each[2], **recursion)
+        return [x.detach() for x in (*plain_numbers, white, *advantages, *shaped.tensors())]
+
+    assert len(chosen) == 6
+    for ours, theirs in zip(run(chosen, torch.float32), run(plain, torch.float32), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def case_empty() -> None:
@@ -413,8 +457,8 @@ def every_op(x: Tensor, each: Tensor, mask: Tensor, after: Tensor | None = None)
     values = x[2] if after is None else after
     return (
         *gae.gae(x[0], x[1], mask, None, None, None, None, 0.97, 0.9, 0.5, True, False),
-        *gae.kl_gae(each[0], x[0], x[1], x[2], mask, *rest, False, 0.97, 0.9, False, True),
-        *gae.kl_gae(each[0], x[0], x[1], values, mask, *rest, True, 0.97, 0.9, True, False),
+        *kl_gae(each[0], x[0], x[1], x[2], mask, *rest, False, 0.97, 0.9, False, True),
+        *kl_gae(each[0], x[0], x[1], values, mask, *rest, True, 0.97, 0.9, True, False),
         white.whiten(x[0], mask, 0, 1e-8, True, True, True),
         *losses.ppo_loss(x[0], x[1], x[2], mask, *losses_with(**optional, entropy_coef=0.1, kl_coef=0.1)),
         *losses.value_loss(x[0], x[1], x[2], mask, x[3], None, -1.0, 0.2, True),
@@ -456,8 +500,8 @@ def launch_all(x: Tensor, mask: Tensor, each: Tensor, lam: Tensor, denom: Tensor
         kl.kl_estimate(x, x, 3, False, *OPEN, True)
         gae.gae(x, x, mask, None, None, None, offsets, 0.97, 0.9, 0.9, False, False)
         gae.gae(x, x, mask, lam, lam, each, offsets, 0.97, 0.9, 0.9, True, True)
-        gae.kl_gae(each, x, x, x, mask, lam, each, offsets, 3, *OPEN, 0.1, inf, True, 0.97, 0.9, False, True)
-        gae.kl_gae(each, x, x, x, mask, None, None, offsets, 0, *OPEN, 0.1, inf, False, 0.97, 0.9, True, False)
+        kl_gae(each, x, x, x, mask, lam, each, offsets, 3, *OPEN, 0.1, inf, True, 0.97, 0.9, False, True)
+        kl_gae(each, x, x, x, mask, None, None, offsets, 0, *OPEN, 0.1, inf, False, 0.97, 0.9, True, False)
         white.whiten(x, mask, 0, 1e-8, True, True, True)
         white.whiten(x, mask, 1, 1e-8, False, False, False)
         losses.ppo_loss(x, x, x, mask, *losses_with(**optional, denom=denom))
@@ -520,6 +564,7 @@ INTERPRETED: dict[str, Callable[[], None]] = {
     "whiten-equal-numbers": case_whiten_equal_numbers,
     "many-sequences": case_many_sequences,
     "out": case_out,
+    "ops": case_ops,
     "empty": case_empty,
     "poison": case_poison,
 }

@@ -43,7 +43,7 @@ def _add(namespace: str, *backends: str) -> None:
 
 if native.load():
     _add("rlhf_engine", "cpu", *(["cuda"] if native.build_info()["nvcc"] else []))
-if importlib.util.find_spec("triton") and importlib.util.find_spec("rlhf_engine.kernels.gae"):
+if importlib.util.find_spec("triton"):
     _TRITON = operators.define_triton()  # gone with the last reference to it
     _add("rlhf_triton", "triton")
 

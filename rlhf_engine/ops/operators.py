@@ -32,11 +32,11 @@ SCHEMAS = {
     "gae": ("gae", f"({_GAE}) -> (Tensor, Tensor)"),
     "gae_out": ("gae", f"({_GAE}, Tensor(a!) advantages, Tensor(b!) returns) -> ()"),
     "kl_gae": (
-        "gae",
+        "kl_gae",
         f"({_KL_GAE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     ),
     "kl_gae_out": (
-        "gae",
+        "kl_gae",
         f"({_KL_GAE}, Tensor(a!) rewards, Tensor(b!) advantages, Tensor(c!) returns, Tensor(d!) kl, "
         "Tensor(e!) value_mask) -> ()",
     ),
