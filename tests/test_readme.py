@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_engine import data, fetch, tiny
 from rlhf_engine.cli import arguments
@@ -25,6 +26,14 @@ def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert len(lines) <= 12
     exec(compile(code[1].replace("train_layers=4", "train_layers=1"), "README.md", "exec"), {})
     assert len(capsys.readouterr().out.split()) == 3
+
+
+def test_example_of_the_ops_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    rewards, values, logprobs = torch.randn(3, 4, 8)
+    given = {"rewards": rewards, "values": values, "old_logprobs": logprobs - 1, "logprobs": logprobs.requires_grad_()}
+    exec(compile(code, "README.md", "exec"), given | {"response_mask": torch.rand(4, 8) < 0.8})
+    assert logprobs.grad is not None and float(capsys.readouterr().out) > 0
 
 
 def test_every_file_in_the_map_exists() -> None:

@@ -42,7 +42,7 @@ def _add(namespace: str, *backends: str) -> None:
 
 
 if native.load():
-    _add("rlhf_engine", "cpu", *(["cuda"] if native.build_info()["nvcc"] else []))
+    _add("rlhf_engine", "cpu", *(["cuda"] if native.build_info().get("nvcc") else []))
 if importlib.util.find_spec("triton"):
     _TRITON = operators.define_triton()  # gone with the last reference to it
     _add("rlhf_triton", "triton")
