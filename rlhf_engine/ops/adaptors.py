@@ -44,7 +44,13 @@ class Adaptors:
 
     def __init__(self, namespace: str) -> None:
         operators = getattr(torch.ops, namespace)
-        self.call = SimpleNamespace(**{name: getattr(operators, name).default for name in SCHEMAS})
+        try:
+            self.call = SimpleNamespace(**{name: getattr(operators, name).default for name in SCHEMAS})
+        except AttributeError as error:  # as after an update of the sources alone
+            raise ImportError(
+                f"rlhf_engine/_C.so is of another version than the package: {error}; build it again with `make setup`, "
+                "or `pip install --no-build-isolation -e .`"
+            ) from error
 
     @_float32
     def kl_estimate(

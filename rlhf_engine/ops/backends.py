@@ -35,8 +35,8 @@ _TABLE["linear_policy_loss"]["cpu"] = tiled_head.linear_policy_loss
 
 
 def _add(namespace: str, *backends: str) -> None:
-    operators.register(namespace)
     functions = adaptors.Adaptors(namespace)
+    operators.register(namespace)
     for op in adaptors.OPS:
         _TABLE[op] |= dict.fromkeys(backends, getattr(functions, op))
 
