@@ -18,7 +18,7 @@ import torch
 import trainers
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from trainers import agree, backends
+from trainers import agree, backends, dtypes, make_batch
 from transformers import PhiConfig, PhiForCausalLM, PhiForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf_engine import ops
@@ -163,6 +163,17 @@ def test_from_scores_to_advantages(run: Run, backend: str) -> None:
     whitened = ops.whiten(advantages, run.mask, **ops.preset("trl", "whiten"), backend=backend)
     for step in run.steps:
         agree(whitened[step["rows"]], step["mb_advantage"], torch.float32)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-5])  # the variance far above, at and below the epsilon
+def test_whitening(scale: float, dtype: torch.dtype, backend: str) -> None:
+    batch, whiten = make_batch(dtype), trainers.load("trl.experimental.ppo.ppo_trainer").masked_whiten
+    x, mask = scale * (batch.values + 3), batch.mask
+    for op, shift_mean in (("whiten", True), ("whiten_rewards", False)):
+        ours = ops.whiten(x, mask, **ops.preset("trl", op), backend=backend)
+        agree(ours[mask], whiten(x, mask, shift_mean)[mask])  # Bessel's correction is float32
 
 
 @backends
