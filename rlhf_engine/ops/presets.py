@@ -17,10 +17,12 @@ Numbers such as gamma are the trainers' defaults: `ops.preset("verl", "gae") | {
 Coefficients (of KL, entropy, values) are no conventions and not set. OAI is Ziegler et al. 2019, arXiv:1909.08593, as
 in the code released with it: train_policy.py and utils/core.py of openai/lm-human-preferences.
 
-What flags cannot say; trainable tokens agree all the same:
+What flags cannot say; but for this, trainable tokens agree:
 
 - verl and OpenRLHF leave numbers at masked positions of advantages and returns, carried or decayed ones, which
   whitening then shifts. gae and kl_gae put 0 there.
+- verl's reward managers score the last token of the response; where that is not a trainable one, its GAE drops the
+  score. kl_gae scores the last trainable token.
 - kl_gae's own whitening is OAI's alone, so the presets leave it to `whiten`. OAI whitens the rewards on the way too,
   and has no kl_gae: call kl_estimate, whiten, gae, whiten.
 - ppo_loss does not clamp its KL: with verl's k3 it agrees up to 10 nats a token (d above -2.6), with OpenRLHF's k1 up
