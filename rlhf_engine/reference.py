@@ -79,7 +79,7 @@ def linear_policy_loss(
     if rows is None:
         rows = active_rows(targets, mask, ignore_index)
     hidden_nH, targets_n = hidden.reshape(-1, hidden.shape[-1])[rows], targets.reshape(-1)[rows]
-    logprobs_n, entropy_n = linear_logprobs(hidden_nH, weight, targets_n, ignore_index=ignore_index, **head)
+    logprobs_n, entropy_n = linear_logprobs(hidden_nH, weight, targets_n, **head)
     return reduce_loss(token_loss(logprobs_n, entropy_n, rows), rows, weights, denom)
 
 

@@ -21,6 +21,10 @@ TWO = torch.empty(2, 4, 8)
 OFFSETS = torch.tensor([0, 5, 32], dtype=torch.int32)
 
 
+def negative(logprobs: Tensor, entropy: Tensor | None, rows: Tensor) -> Tensor:
+    return -logprobs
+
+
 def short(x: Tensor) -> Tensor:
     return x[:, :7]
 
@@ -106,6 +110,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         "linear_logprobs: target -1 at (0,) is outside the vocabulary [0, 9)",
     ),
     (
+        lambda: ops.linear_policy_loss(HIDDEN, WEIGHT, TARGETS.where(TARGETS != 2, -100), negative, rows=TARGETS),
+        "linear_policy_loss: target -100 at (2,) is outside the vocabulary [0, 9)",
+    ),
+    (
         lambda: ops.token_logprobs(X, TARGETS, temperature=0.0),
         "token_logprobs: temperature must be greater than 0 and finite, got 0.0",
     ),
@@ -171,6 +179,24 @@ OPS: dict[str, Callable[..., Any]] = {
     "ppo_loss": lambda **o: ops.ppo_loss(X, X + 0.1, X, MASK, **o),
     "value_loss": lambda **o: ops.value_loss(X, X + 0.1, X - 1, MASK, **o),
 }
+
+
+def test_a_target_is_looked_at_where_it_counts() -> None:
+    bad = TARGETS.where(TARGETS != 2, 99)
+    ops.token_logprobs(X, bad, mask=TARGETS != 2)
+    ops.token_logprobs(X, bad, ignore_index=99)
+    with pytest.raises(ValueError, match=r"target 99 at \(2,\) is outside"):
+        ops.token_logprobs(X, bad, mask=TARGETS != 1)
+
+
+@pytest.mark.parametrize("backend", ops.available("linear_policy_loss"))
+def test_rows_that_are_named_are_scored_whatever_their_target(backend: str) -> None:
+    """Neither mask nor ignore_index is looked at, even where the latter is a token."""
+    loss, _ = ops.linear_policy_loss(
+        HIDDEN, WEIGHT, TARGETS, negative, rows=TARGETS, ignore_index=2, mask=TARGETS != 1, backend=backend
+    )
+    expected = -ops.linear_logprobs(HIDDEN, WEIGHT, TARGETS, backend="reference")[0].mean()
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("op", sorted(OPS))

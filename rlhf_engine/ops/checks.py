@@ -73,13 +73,14 @@ def not_negative(op: str, **numbers: float | Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be 0 or greater and finite, got {x}")
 
 
-def targets(op: str, targets: Tensor, mask: Tensor | None, ignore_index: int, vocabulary: int) -> None:
+def targets(op: str, targets: Tensor, mask: Tensor | None, ignore_index: int | None, vocabulary: int) -> None:
     """int32 or int64; on CPU each scored one must be a token id (on CUDA a look would wait; the op gives NaN there)."""
     if targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: targets must be int32 or int64, got {targets.dtype}")
     if targets.device.type != "cpu":
         return
-    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    wrong = (targets < 0) | (targets >= vocabulary)
+    wrong = wrong if ignore_index is None else wrong & (targets != ignore_index)
     wrong = wrong if mask is None else wrong & mask
     if wrong.any():
         place = tuple(wrong.nonzero()[0].tolist())

@@ -132,7 +132,7 @@ def linear_policy_loss(
         if rows.dim() != 1 or rows.dtype != torch.int64:
             raise ValueError(f"{op}: rows must be (n,) int64, got {checks.shape(rows)} {rows.dtype}")
         checks.same_device(op, {"targets": targets}, rows=rows)
-        checks.targets(op, targets.reshape(-1)[rows], None, ignore_index, weight.shape[0])
+        checks.targets(op, targets.reshape(-1)[rows], None, None, weight.shape[0])
     checks.like(op, {"targets": targets}, weights=weights)
     checks.denominator(op, weights, denom)
     return select(op, backend, hidden.device.type)(
