@@ -211,6 +211,26 @@ def test_kl_gae_matches_oracle_padded_and_packed(score_at: str, holes: str, kl_k
         assert torch.equal(getattr(packed, name).view(6, 8), getattr(shaped, name)), name
 
 
+@pytest.mark.parametrize("score_at", ["last", "after"])
+@pytest.mark.parametrize("holes", ["carry", "decay"])
+def test_kl_gae_is_kl_estimate_then_gae_then_whiten(score_at: str, holes: str) -> None:
+    logprobs, ref_logprobs, mask = batch(12, 6, 9)
+    values, scores, bootstrap = batch(13, 6, 9)[0], torch.arange(6.0).double(), torch.linspace(-2, 2, 6).double()
+    recursion: dict[str, Any] = {"gamma": 0.9, "lam": 0.8, "holes": holes, "bootstrap": bootstrap}
+    options: dict[str, Any] = {
+        "kl_coef": 0.3,
+        "kl_clamp_diff": (-1.0, 0.5),
+        "kl_clamp_value": 0.4,
+        "score_at": score_at,
+    }
+    shaped = kl_gae(scores, logprobs, ref_logprobs, values, mask, **recursion, **options)
+    kl = kl_estimate(logprobs, ref_logprobs, clamp_diff=(-1.0, 0.5), clamp_value=0.4)
+    assert torch.equal(shaped.kl, kl.where(mask, 0)) and (kl == 0.4).any() and (kl == -0.4).any()
+    advantages, returns = gae(shaped.rewards, values, shaped.value_mask, **recursion)
+    assert torch.equal(shaped.returns, returns)
+    assert torch.equal(shaped.advantages, whiten(advantages, mask))
+
+
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("holes", ["carry", "decay"])
 def test_masked_content_changes_no_bit(garbage: float, holes: str) -> None:

@@ -250,20 +250,28 @@ def test_empty_and_fully_masked(shape: tuple[int, ...]) -> None:
 
 def test_policy_loss_from_hidden_equals_the_two_step_form() -> None:
     hidden, weight, targets = head(9, 4, 13, torch.float64)
-    targets[3] = -100
+    targets[3] = -7
     mask = torch.arange(9) != 5
     old, advantages, weights = (torch.randn(9, dtype=torch.float64, generator=seeded(i)) for i in (1, 2, 3))
     leaves = hidden.requires_grad_(), weight.requires_grad_()
+    options: dict[str, Any] = {
+        "bias": torch.randn(13, dtype=torch.float64, generator=seeded(4)), "temperature": 0.7, "softcap": 4.0,
+        "logit_scale": 1.5, "ignore_index": -7,
+    }  # fmt: skip
     token_loss = reference.ppo_token_loss(old - 3, advantages, entropy_coef=0.1)
-    fused, fused_metrics = linear_policy_loss(*leaves, targets, token_loss, mask=mask, weights=weights, denom=7.0)
-    logprobs, entropy = linear_logprobs(*leaves, targets, mask=mask)
-    active = mask & (targets != -100)
+    scale: dict[str, Any] = {"weights": weights, "denom": 5.0}
+    fused, fused_metrics = linear_policy_loss(*leaves, targets, token_loss, mask=mask, **scale, **options)
+    logprobs, entropy = linear_logprobs(*leaves, targets, mask=mask, **options)
+    active = mask & (targets != -7)
     loss, metrics = reference.ppo_loss(
-        logprobs, old - 3, advantages, active, entropy=entropy, entropy_coef=0.1, weights=weights, denom=7.0
+        logprobs, old - 3, advantages, active, entropy=entropy, entropy_coef=0.1, **scale
     )
     torch.testing.assert_close(fused, loss)
     torch.testing.assert_close(fused_metrics, metrics)
     torch.testing.assert_close(torch.autograd.grad(fused, leaves), torch.autograd.grad(loss, leaves))
     rows = active.nonzero().squeeze(1)
-    by_rows, _ = linear_policy_loss(*leaves, targets, token_loss, rows=rows, weights=weights, denom=7.0)
+    by_rows, _ = linear_policy_loss(*leaves, targets, token_loss, rows=rows, **scale, **options)
     assert torch.equal(by_rows, fused)
+    shaped = linear_policy_loss(hidden.view(3, 3, 4), weight, targets.view(3, 3), token_loss, mask=mask.view(3, 3),
+                                **scale, **options)[0]  # fmt: skip
+    assert torch.equal(shaped, fused)

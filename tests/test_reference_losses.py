@@ -187,14 +187,14 @@ def test_any_split_gives_the_same_gradient_and_metrics(mode: str) -> None:
 
 
 def test_weights_by_hand() -> None:
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    mask = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 0, 0]]).bool()
     # tokens 3; sequences with tokens 2
     expected: dict[str, tuple[list[list[float]], float]] = {
-        "token-mean": ([[1, 1, 0], [1, 0, 0], [0, 0, 0]], 3),
-        "seq-mean-token-mean": ([[0.5, 0.5, 0], [1, 0, 0], [0, 0, 0]], 2),
-        "seq-mean-token-sum": ([[1, 1, 0], [1, 0, 0], [0, 0, 0]], 2),
-        "token-sum": ([[1, 1, 0], [1, 0, 0], [0, 0, 0]], 1),
-        "constant": ([[0.25, 0.25, 0], [0.25, 0, 0], [0, 0, 0]], 2),
+        "token-mean": ([[1, 0, 1], [1, 0, 0], [0, 0, 0]], 3),
+        "seq-mean-token-mean": ([[0.5, 0, 0.5], [1, 0, 0], [0, 0, 0]], 2),
+        "seq-mean-token-sum": ([[1, 0, 1], [1, 0, 0], [0, 0, 0]], 2),
+        "token-sum": ([[1, 0, 1], [1, 0, 0], [0, 0, 0]], 1),
+        "constant": ([[0.25, 0, 0.25], [0.25, 0, 0], [0, 0, 0]], 2),
     }
     cu_seqlens = torch.tensor([0, 3, 6, 9], dtype=torch.int32)
     for mode in MODES:
@@ -220,10 +220,13 @@ def test_no_tokens_contribute_zero(shape: tuple[int, ...]) -> None:
         assert all(number == 0 for number in final.values())
 
 
-def test_equal_returns_explain_nothing_and_stay_finite() -> None:
-    returns = torch.full((5,), 0.1)
-    _, metrics = value_loss(torch.zeros(5), torch.zeros(5), returns, ones(5))
-    assert finalize_metrics(metrics)["explained_variance"] == 0
+@pytest.mark.parametrize("value", [0.1, -0.1, 1e4])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_equal_returns_explain_nothing_and_stay_finite(value: float, tokens: int) -> None:
+    returns = torch.full((tokens,), value)
+    _, metrics = value_loss(torch.zeros(tokens), torch.zeros(tokens), returns, ones(tokens))
+    final = finalize_metrics(metrics)
+    assert final["explained_variance"] == 0 and final["return_mean"] == pytest.approx(value)
 
 
 def test_nan_in_an_active_token_stays_visible() -> None:
