@@ -1,0 +1,15 @@
+"""How many examples the property tests draw, `pytest --hypothesis-profile=long` for twenty times the usual number; and
+one thread, since tests are small: two spend their time waking each other, ten times as long on a busy machine."""
+
+import torch
+from hypothesis import Phase, settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("usual", max_examples=100, deadline=None)
+settings.register_profile("long", max_examples=2000, deadline=None)
+# To judge planted bugs: the same examples each time, and the first that fails is enough.
+settings.register_profile(
+    "mutants", max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
+)
+settings.load_profile("usual")
