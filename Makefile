@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WITH_LOCK := $(if $(LOCK),-c $(LOCK))
 NATIVE := setup.py $(wildcard csrc/*)
 
-.PHONY: setup demo test check upstream ci-long aot-versions lock clean
+.PHONY: setup demo test check upstream mutants mutate ci-long aot-versions lock clean
 
 setup: $(VENV)/.installed
 
@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/rlhf run
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not long"
 
 check: setup
 	$(BIN)/ruff check .
@@ -49,15 +49,24 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 upstream: setup .upstream/.installed
 	HF_HUB_OFFLINE=1 UPSTREAM=$(CURDIR)/.upstream $(BIN)/python -m pytest -q tests/upstream
 
-# The unlocked job: does the newest of everything still import and pass a quick test? Only torch stays as it is in
-# $(VENV), since another build of it is gigabytes.
-ci-long: setup aot-versions
+# Tests of the tests: every bug planted in the C++ ops and in the CUDA kernels is one that some test sees.
+mutants: setup
+	$(BIN)/python -m pytest -q -m long tests/mutants tests/test_shim.py
+
+# The same for the reference and the front door, by mutmut: an hour or more. Writes bench/results/mutation.json.
+mutate: setup
+	$(PIP) install $(WITH_LOCK) mutmut
+	$(BIN)/python bench/mutation.py
+
+# What `make test` leaves out, twenty times as many examples of every C++ op, and the unlocked job: does the newest of
+# everything still import and pass a quick test? Only torch stays as it is in $(VENV), since another build is gigabytes.
+ci-long: setup aot-versions mutants upstream
+	$(BIN)/python -m pytest -q -m "long and not gpu" --ignore tests/mutants --ignore tests/test_shim.py
+	$(BIN)/python -m pytest -q --hypothesis-profile=long --timeout=3600 tests/test_compiled.py
 	@echo "ci-long: unlocked install"
 	$(BIN)/python -m pip freeze | grep -E '^torch==' > $(VENV)/torch.txt
 	$(MAKE) setup VENV=.venv-unlocked LOCK=$(VENV)/torch.txt
 	.venv-unlocked/bin/python -m pytest -q tests/test_layers.py tests/test_native.py tests/test_kernels.py tests/test_loss_kernels.py
-	@echo "ci-long: other trainers"
-	$(MAKE) upstream
 
 # The kernels compiled by the oldest triton in use: that of torch 2.11, which CUDA machines still have.
 OLD_TRITON := 3.6.0
