@@ -4,8 +4,8 @@ The interpreter keeps bfloat16 in NumPy arrays of uint16 and does its arithmetic
 and comparisons come out as nonsense, without a word; casts to bfloat16 cut bits off instead of rounding. Here each such
 operation goes through float32 and rounds once, to nearest even, as a GPU does. tl.device_assert, which the interpreter
 skips by default, is turned on too. And what the interpreter replaces in triton.language before each call of a device
-function, it replaces once for all: that took half the time. Written for triton 3.6 to 3.9; it touches their internals,
-so it is a test helper.
+function, it replaces once for all: that took up to half the time. Written for triton 3.6 to 3.9; it touches their
+internals, so it is a test helper.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def main(interpreted: Cases, compiled: Cases) -> None:
         except Exception:
             verdicts[name] = traceback.format_exc()
         print(f"{name}: {time.perf_counter() - start:.2f} s {verdicts[name]}", file=sys.stderr)
-    json.dump(verdicts, sys.stdout)
+    print(json.dumps(verdicts))
     sys.exit(any(verdicts.values()))
 
 
