@@ -240,21 +240,23 @@ def test_every_mask_of_eight_positions() -> None:
         check(with_gradients(ops.value_loss, 1), x, y, z, mask)
 
 
-def every_op(case: Case, mask: Tensor, *, change: Callable[[Tensor], Tensor] = lambda x: x) -> list[tuple[str, Tensor]]:
+def every_op(
+    case: Case, mask: Tensor, *, change: Callable[[Tensor], Tensor] = lambda x: x, backend: str = "cpu"
+) -> list[tuple[str, Tensor]]:
     """Results and gradients of all ops on one batch; `change` is applied to every input shaped like the mask."""
     a, b, c, d, e, f, g = map(change, case.tensors(7))
-    (scores,) = case.per_sequence(1)
+    scores = case.per_sequence(1)[0].to(mask.device)
     results = {
-        "kl_estimate": with_gradients(ops.kl_estimate, 2)(a, b, kind="k3", backend="cpu"),
-        "gae": ops.gae(a, b, mask, backend="cpu"),
-        "gae2": ops.gae(a, b, mask, holes="decay", value_lam=0.5, backend="cpu"),
-        "whiten": ops.whiten(a, mask, backend="cpu"),
-        "kl_gae": ops.kl_gae(scores, a, b, c, mask, kl_coef=0.1, backend="cpu"),
+        "kl_estimate": with_gradients(ops.kl_estimate, 2)(a, b, kind="k3", backend=backend),
+        "gae": ops.gae(a, b, mask, backend=backend),
+        "gae2": ops.gae(a, b, mask, holes="decay", value_lam=0.5, backend=backend),
+        "whiten": ops.whiten(a, mask, backend=backend),
+        "kl_gae": ops.kl_gae(scores, a, b, c, mask, kl_coef=0.1, backend=backend),
         "ppo_loss": with_gradients(ops.ppo_loss, 1)(
             a, b, c, mask, dual_clip=2.0, is_weights=d, entropy=e, entropy_coef=0.1, ref_logprobs=f, kl_coef=0.1,
-            weights=g, denom=3.0, backend="cpu",
+            weights=g, denom=3.0, backend=backend,
         ),
-        "value_loss": with_gradients(ops.value_loss, 1)(a, b, c, mask, backend="cpu"),
+        "value_loss": with_gradients(ops.value_loss, 1)(a, b, c, mask, backend=backend),
     }  # fmt: skip
     return [(f"{op}/{name}", x) for op, result in results.items() for name, x in parts(result)]
 

@@ -1,5 +1,5 @@
-"""The loss-side ops on a GPU, in CUDA and in Triton: as exact as on CPUs, blind under masks, the same bits every time, and
-without a wait for the device, so a CUDA graph can hold them. `pytest -m gpu` where there is one."""
+"""The loss-side ops on a GPU, in CUDA and in Triton: as exact as on CPUs, blind under masks, the same bits every time,
+and without a wait for the device, so a CUDA graph can hold them. `pytest -m gpu` where there is one."""
 
 from __future__ import annotations
 

@@ -94,6 +94,8 @@ def gae(
     if value_lam is not None:
         _check_lambda(op, {"rewards": rewards}, count, value_lam=value_lam)
     if out is not None:
+        if len(out) != 2:
+            raise ValueError(f"{op}: out must be (advantages, returns), got {len(out)} tensors")
         checks.output(op, {"rewards": rewards, "values": values, "mask": mask}, **{"out[0]": out[0], "out[1]": out[1]})
     return select(op, backend, rewards.device.type)(
         rewards, values, mask, gamma=gamma, lam=lam, value_lam=value_lam, holes=holes, bootstrap=bootstrap,
