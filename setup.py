@@ -8,6 +8,7 @@ rlhf_engine/_C.json, where `python -m rlhf_engine.native` finds it. pip hides wh
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -74,6 +75,10 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
+def digest(*files: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def plan(library: Path, objects: Path, torch: Path, compiler: str, nvcc: str | None) -> str:
     """What ninja is to do, in its language."""
     include = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -isystem {torch / 'include'}"
@@ -83,19 +88,22 @@ def plan(library: Path, objects: Path, torch: Path, compiler: str, nvcc: str | N
     link = cuda_link if nvcc else f"{compiler} -shared -Wl,--no-as-needed,-soname={SONAME} {libraries}"
     lines = [
         "rule cxx",
-        f"  command = {compiler} {' '.join(FLAGS)} {include} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compiler} {' '.join(FLAGS)} {include} -MMD -MF $out.d -c $in -o $out # $content",
         "  depfile = $out.d",
         "rule cuda",
-        f"  command = {nvcc} {' '.join(CUDA_FLAGS)} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {nvcc} {' '.join(CUDA_FLAGS)} -MMD -MF $out.d -c $in -o $out # $content",
         "  depfile = $out.d",
         "rule link",
         f"  command = {link.replace(' -L', ' $in -L', 1)} -o $out",
     ]
     sources = [*SOURCES, *KERNELS] if nvcc else [s for s in SOURCES if s not in ONLY_WITH_CUDA]
+    headers = [file for file in sorted((ROOT / "csrc").iterdir()) if file.suffix in (".h", ".cuh")]
     made = []
     for source in sources:
         made.append(str(objects / f"{Path(source).name}.o"))
         lines.append(f"build {made[-1]}: {'cuda' if source in KERNELS else 'cxx'} {ROOT / source}")
+        # Ninja compiles again where the command is another: so too after a source was put back with its old time.
+        lines.append(f"  content = {digest(ROOT / source, *headers)}")
     return "\n".join([*lines, f"build {library}: link {' '.join(made)}", *plan_python(library, compiler, nvcc), ""])
 
 
@@ -139,6 +147,7 @@ def compile_all(library: Path, objects: Path) -> dict[str, str]:
     (objects / "build.ninja").write_text(plan(library, objects, torch, compiler, nvcc))
     ninja(objects, library)
     info = {
+        "sources": digest(*sorted((ROOT / "csrc").iterdir())),
         "compiler": version_of(compiler), "flags": " ".join(FLAGS), "torch": importlib.metadata.version("torch"),
         "nvcc": version_of(nvcc) if nvcc else "", "targets": " ".join(f"sm_{t}" for t in TARGETS) if nvcc else "",
     }  # fmt: skip
