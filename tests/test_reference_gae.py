@@ -120,6 +120,33 @@ def test_lambda_per_sequence_equals_separate_calls() -> None:
         assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("holes", ["carry", "decay"])
+def test_two_lambdas_are_two_calls_and_places_are_filled(holes: str) -> None:
+    rewards, values, mask = batch(14, 3, 8)
+    options: dict[str, Any] = {"gamma": 0.9, "holes": holes, "bootstrap": torch.tensor([1.0, -2.0, 3.0]).double()}
+    each = torch.tensor([0.2, 0.9, 1.0], dtype=torch.float64)
+    for lam, value_lam in ((0.5, 0.8), (0.5, each), (each, 0.8)):
+        advantages, returns = gae(rewards, values, mask, lam=lam, value_lam=value_lam, **options)
+        assert torch.equal(advantages, gae(rewards, values, mask, lam=lam, **options)[0])
+        assert torch.equal(returns, gae(rewards, values, mask, lam=value_lam, **options)[1])
+        assert not torch.equal(returns, gae(rewards, values, mask, lam=lam, **options)[1])
+        out = torch.full((3, 8), 7.0).double(), torch.full((3, 8), 7.0).double()
+        placed = gae(rewards, values, mask, lam=lam, value_lam=value_lam, out=out, **options)
+        assert placed[0] is out[0] and placed[1] is out[1]
+        assert torch.equal(out[0], advantages) and torch.equal(out[1], returns)
+        assert gae(rewards, values, mask, lam=lam, out=out, **options)[0] is out[0]
+        assert torch.equal(out[1], gae(rewards, values, mask, lam=lam, **options)[1])
+
+
+def test_packs_of_one_token_and_of_none() -> None:
+    # delta = 3 - 5;  the empty sequence has no token to point at
+    one = torch.tensor([3.0]), torch.tensor([5.0]), torch.tensor([T])
+    assert gae(*one, cu_seqlens=torch.tensor([0, 1, 1]))[0].tolist() == [-2]
+    for offsets in ([0], [0, 0]):
+        nothing = torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+        assert [x.shape for x in gae(*nothing, cu_seqlens=torch.tensor(offsets))] == [(0,), (0,)]
+
+
 def test_lambda_one_is_discounted_return_minus_value() -> None:
     rewards, values, _ = batch(3, 4, 7)
     mask = torch.ones(4, 7, dtype=torch.bool)
@@ -298,6 +325,16 @@ def test_whiten_of_nothing_of_one_and_of_equals(ddof: int) -> None:
         mask = (torch.arange(1000) < tokens).view(20, 50)
         assert torch.equal(whiten(x, mask, ddof=ddof), torch.zeros(20, 50))
     assert whiten(x.bfloat16(), x > 0).dtype == torch.float32
+
+
+def test_whiten_two_tokens_by_hand_and_in_place() -> None:
+    # mean 2, sum of squares 2: variance 1, or 2 with Bessel's correction
+    x, mask = torch.tensor([1.0, 9.0, 3.0]), torch.tensor([T, F, T])
+    torch.testing.assert_close(whiten(x, mask), torch.tensor([-1.0, 0.0, 1.0]))
+    bessel = torch.tensor([-(0.5**0.5), 0.0, 0.5**0.5])
+    torch.testing.assert_close(whiten(x, mask, ddof=1), bessel)
+    assert whiten(x, mask, ddof=1, out=x) is x
+    torch.testing.assert_close(x, bessel)
 
 
 def test_large_mean_does_not_eat_the_variance() -> None:

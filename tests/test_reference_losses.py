@@ -67,8 +67,30 @@ def test_value_loss_by_hand() -> None:
         "return_mean": 1.5,
         "explained_variance": pytest.approx(1 - 0.5625 / 2.25),
     }
+    mirrored, _ = value_loss(-values, -old, -returns, ones(2), clip=0.2)
+    assert mirrored.item() == loss.item() and torch.autograd.grad(mirrored, values)[0].tolist() == [0, 0.25]
     for off in (None, 0.0):
         assert value_loss(values, old, returns, ones(2), clip=off)[0].item() == pytest.approx(0.5 * 1.25 / 2)
+
+
+def test_inside_the_bound_rounding_clips_nothing() -> None:
+    values, moved, returns = randn(3, 1000, dtype=torch.float32)
+    values.requires_grad_()
+    loss, metrics = value_loss(values, values.detach() + 0.01 * moved, returns, ones(1000), clip=0.2, denom=1.0)
+    assert metrics["value_clip_fraction_sum"] == 0
+    assert torch.equal(torch.autograd.grad(loss, values)[0], values - returns)
+
+
+def test_weights_and_denominator_by_hand() -> None:
+    # r = 1 and A = -2, -4: token losses 2 and 4;  v - R = 2, 4: token losses 2 and 8; the third token is masked
+    x, mask, weights = torch.tensor([2.0, 4.0, 9.0]), torch.tensor([1, 1, 0]).bool(), torch.tensor([0.5, 3.0, 9.0])
+    zeros = torch.zeros(3)
+    for denom, divisor in ((0.5, 0.5), (4.0, 4), (torch.tensor(4.0), 4), (0.0, 1), (torch.tensor(0.0), 1)):
+        policy, a = ppo_loss(zeros, zeros, -x, mask, weights=weights, denom=denom)
+        value, b = value_loss(x, x, zeros, mask, weights=weights, denom=denom)
+        assert policy.item() == (0.5 * 2 + 3 * 4) / divisor and value.item() == (0.5 * 2 + 3 * 8) / divisor
+        assert {metric.dtype for metric in (*a.values(), *b.values())} == {torch.float64}
+    assert ppo_loss(zeros, zeros, -x, mask)[0].item() == 3 and value_loss(x, x, zeros, mask)[0].item() == 5
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
