@@ -28,7 +28,27 @@ RESULT = ROOT / "bench/results/mutation.json"
 KILLED = {1: "killed", 3: "killed", -9: "crash", -11: "crash", 24: "timeout", -24: "timeout", 36: "timeout"}
 NOT_KILLED = {0: "survived", 5: "no tests", 33: "no tests"}
 # (function, what the mutated line holds) -> why nothing can notice; both are regular expressions.
-REASONS: dict[tuple[str, str], str] = {}
+REASONS = {
+    ("", r"strict=|zip\(.*, \)|^\)"): "strict= guards against ourselves: these lengths are equal by construction",
+    (
+        "",
+        r"device=None|arange\(.* 0, \)|float64, \)|ones\(\(\), \)",
+    ): "on CPUs, where this runs, that is the default device",
+    ("_logprob_and_entropy", r"\+1"): "the tensor has two dimensions, so the last is number 1",
+    ("_logprob_and_entropy", "-torch.inf, 1.0"): "any finite number does: it is multiplied by exp(-inf)",
+    ("_logprob_and_entropy", "max=1"): "d_y <= 0 <= ls, so a bound above 0 is never met, nor is 0",
+    ("_score_rows", "preserve_rng_state|use_reentrant=False, "): "no random number is drawn in a tile",
+    ("_sequence_tokens", r"\(1, 1\)"): "no offset points behind the end",
+    ("_to_padded", "else 1"): "without a sequence there is no row to hold the slot",
+    (
+        "(gae|whiten|reduce_loss)$",
+        r"\.to\(None\)",
+    ): "a 0-d number, or what is added to wider ones: promoted all the same",
+    ("gae$", "XXvaluesXX|VALUES"): "only the first tensor's name is ever said",
+    ("per_sequence$", "^break$"): "called with one tensor at a time",
+    ("ppo_token_loss$", "<= 0"): "at A = 0 every loss is 0, none greater than another",
+    ("ppo_token_loss$", ">= -advantage"): "at equality either is the minimum",
+}
 
 
 def prepare() -> None:

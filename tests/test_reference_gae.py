@@ -238,6 +238,21 @@ def test_kl_gae_matches_oracle_padded_and_packed(score_at: str, holes: str, kl_k
         assert torch.equal(getattr(packed, name).view(6, 8), getattr(shaped, name)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_inputs_are_cast_before_anything_else(dtype: torch.dtype) -> None:
+    rewards, values, mask = batch(15, 4, 9, dtype=dtype)
+    ref_logprobs, bootstrap, scores = batch(16, 4, 9, dtype=dtype)[0], values[:, 0].clone(), rewards[:, 1].clone()
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        r, v, ref, last, score = tensors
+        shaped = kl_gae(score, r, ref, v, mask, kl_coef=0.3, gamma=0.99, bootstrap=last)
+        return [*gae(r, v, mask, gamma=0.99, bootstrap=last), shaped.rewards, shaped.advantages, whiten(v, mask)]
+
+    low = rewards, values, ref_logprobs, bootstrap, scores
+    for a, b in zip(run(*low), run(*(x.float() for x in low)), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 @pytest.mark.parametrize("score_at", ["last", "after"])
 @pytest.mark.parametrize("holes", ["carry", "decay"])
 def test_kl_gae_is_kl_estimate_then_gae_then_whiten(score_at: str, holes: str) -> None:

@@ -156,6 +156,7 @@ def test_nan_and_bad_target_stay_in_their_row() -> None:
     for a, b in zip(clean, broken, strict=True):
         assert b[[2, 4]].isnan().all()
         assert torch.equal(a[[0, 1, 3, 5]], b[[0, 1, 3, 5]])
+    assert token_logprobs(torch.zeros(1, 1), torch.tensor([5]))[0].isnan()  # a vocabulary of one has no other token
     all_banned = token_logprobs(torch.full((1, 4), -torch.inf), torch.tensor([0]))
     assert all_banned[0].isnan() and all_banned[1].isnan()
 
@@ -186,6 +187,8 @@ def test_gradients_and_autocast_do_not_change_bits() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = linear_logprobs(hidden, weight, targets, temperature=0.9)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, tracked, cast, strict=True))
+    exact = linear_logprobs(hidden.double(), weight.double(), targets, temperature=0.9)
+    torch.testing.assert_close(plain, tuple(x.float() for x in exact), rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(x[0].sum(), hidden)[0] for x in (tracked, cast)]  # the recomputation too
     assert torch.equal(*gradients)
 
@@ -226,6 +229,15 @@ def test_only_one_tile_of_logits_exists() -> None:
         (logprobs.sum() + entropy.sum()).backward()
     assert largest.numel == ROW_TILE * 600
     assert max(saved) < ROW_TILE * 600  # and none of them waits for the backward
+
+
+def test_what_is_left_out_does_nothing() -> None:
+    hidden, weight, targets = head(6, 4, 9)
+    options: dict[str, Any] = {"bias": torch.zeros(9), "temperature": 1.0, "logit_scale": 1.0, "mask": targets >= 0}
+    for a, b in zip(
+        linear_logprobs(hidden, weight, targets), linear_logprobs(hidden, weight, targets, **options), strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 def test_views_and_leading_dimensions() -> None:
