@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -53,10 +54,9 @@ def on_disk(name: str) -> Check:
         return _not_there(name, info.get("not_built", ""))
     seen = f"{info.get('compiler', 'unknown compiler')}, torch {info.get('torch', 'unknown')}"
     seen += f", CUDA for {info['targets']}" if info.get("targets") else ", no CUDA code"
-    newer = _newer_sources()
-    if newer:
+    if is_checkout() and info.get("sources", _sources()) != _sources():
         fix = f"`make setup` in {ROOT}, or {install_again()}"
-        return Check(name, "warn", f"older than its sources ({', '.join(newer)})", fix)
+        return Check(name, "warn", f"made of other sources than {ROOT / 'csrc'} holds now", fix)
     if nvcc() and not info.get("nvcc"):
         return Check(name, "warn", f"{seen}, although there is {nvcc()}", f"build it again: {install_again()}")
     return Check(name, "ok", seen)
@@ -84,9 +84,7 @@ def _not_there(name: str, reason: str) -> Check:
     return Check(name, "warn", seen, first + install_again())
 
 
-def _newer_sources() -> list[str]:
-    if not is_checkout():
-        return []
-    built = LIBRARY.stat().st_mtime
-    sources = [ROOT / "setup.py", *sorted((ROOT / "csrc").glob("*.[ch]*"))]
-    return [path.name for path in sources if path.stat().st_mtime > built][:3]
+def _sources() -> str:
+    """What setup.py keeps of them: times would miss a file that was put back."""
+    files = sorted((ROOT / "csrc").iterdir())
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
