@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def find_torch() -> Path:
 def find_compiler() -> str:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     for name in names:
-        if shutil.which(name):
+        if shutil.which(shlex.split(name)[0]):  # CXX may be two words: "ccache g++"
             return name
     raise NotBuilt(f"no C++ compiler found (looked for {', '.join(names)})")
 
@@ -144,9 +145,18 @@ def compile_all(library: Path, objects: Path) -> dict[str, str]:
         raise NotBuilt(f"ninja is not installed {WHERE}")
     if importlib.util.find_spec("pybind11") is None:
         raise NotBuilt(f"pybind11 is not installed {WHERE}")
-    (objects / "build.ninja").write_text(plan(library, objects, torch, compiler, nvcc))
-    ninja(objects, library)
-    info = {
+    info = {}
+    try:
+        (objects / "build.ninja").write_text(plan(library, objects, torch, compiler, nvcc))
+        ninja(objects, library)
+    except NotBuilt as reason:
+        if not nvcc:
+            raise
+        info["cuda_not_built"] = str(reason)  # as by an nvcc older than a target; the CPU's part needs none
+        nvcc = None
+        (objects / "build.ninja").write_text(plan(library, objects, torch, compiler, nvcc))
+        ninja(objects, library)
+    info |= {
         "sources": digest(*sorted((ROOT / "csrc").iterdir())),
         "compiler": version_of(compiler), "flags": " ".join(FLAGS), "torch": importlib.metadata.version("torch"),
         "nvcc": version_of(nvcc) if nvcc else "", "targets": " ".join(f"sm_{t}" for t in TARGETS) if nvcc else "",
@@ -160,7 +170,7 @@ def compile_all(library: Path, objects: Path) -> dict[str, str]:
 
 def version_of(compiler: str) -> str:
     """nvcc says it on its last but one line, others on the first."""
-    lines = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout.splitlines()
     return next((line for line in reversed(lines) if "release" in line), lines[0] if lines else "unknown")
 
 

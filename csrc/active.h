@@ -14,7 +14,7 @@ inline long count_true(const bool* mask, long first, long last) {
   for (long i = first; i < last;) {
     unsigned char part = 0;  // of at most 255, so that the loop below adds bytes
     const long stop = last - i < 255 ? last : i + 255;
-    for (; i < stop; ++i) part += mask[i];
+    for (; i < stop; ++i) part += reinterpret_cast<const unsigned char*>(mask)[i] != 0;  // not every true byte is 1
     count += part;
   }
   return count;

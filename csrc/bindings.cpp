@@ -86,7 +86,7 @@ struct Cpu {
     const std::vector<long> before = tokens_before(op.mask, size);
     const long tokens = before.back(), tiles = tiles_of(tokens);
     const double total = denom ? *denom : (denom_number < 0 ? tokens : denom_number);
-    op.scale = static_cast<float>(total > 0 ? 1.0 / total : 1.0);
+    op.scale = static_cast<float>(total <= 0 ? 1.0 : 1.0 / total);
     std::vector<double> parts(tiles * width);
     if (tokens == 0)
       for (const Tensor* gradient : {&out.gradient, &out.entropy_gradient})

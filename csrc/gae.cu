@@ -109,7 +109,7 @@ __device__ float shaped_reward(const Gae& op, const Sequence& s, long p, bool tr
   float kl = 0.f, reward = 0.f;
   if (trainable) {
     with_kind(shaping.kl.kind, [&](auto kind) { kl = kl_estimate<kind.kValue>(shaping.kl, shaping.logprobs[p] - shaping.ref_logprobs[p]); });
-    reward = -shaping.kl_coef * kl;
+    reward = shaping.kl_coef != 0.f ? -shaping.kl_coef * kl : 0.f;
   }
   if (p == s.place) reward += clamp(shaping.scores[s.number], -shaping.score_bound, shaping.score_bound);
   if (write) {

@@ -89,9 +89,10 @@ void shape(const Gae& op, const Lane& lane) {
   const bool* mask = op.sequences.mask + lane.first;
   float *kl = s.kl_out + lane.first, *rewards = s.rewards + lane.first;
   estimates(s.kl, s.logprobs + lane.first, s.ref_logprobs + lane.first, lane.length, kl);
-  scaled(kl, -s.kl_coef, lane.length, rewards);
+  if (s.kl_coef != 0.f) scaled(kl, -s.kl_coef, lane.length, rewards);
+  else clear(s.rewards, lane.first, lane.first + lane.length);  // an infinite penalty too
   if (std::memchr(mask, 0, lane.length)) zero_masked(mask, lane.length, kl), zero_masked(mask, lane.length, rewards);
-  std::memcpy(s.value_mask + lane.first, lane.mask, lane.length);
+  for (int i = 0; i < lane.length; ++i) s.value_mask[lane.first + i] = lane.mask[i];
   const long place = lane.place - lane.first;
   if (place < lane.length) rewards[place] += clamp(s.scores[lane.sequence], -s.score_bound, s.score_bound);
 }

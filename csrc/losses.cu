@@ -49,7 +49,7 @@ __device__ float scale_of(const float* denom, double number, const Workspace& wo
     for (unsigned b = threadIdx.x; b < gridDim.x; b += kReduceThreads) count += work.tokens[b];
     total = block_sum(count, shared);
   }
-  return static_cast<float>(total > 0.0 ? 1.0 / total : 1.0);
+  return static_cast<float>(total <= 0.0 ? 1.0 : 1.0 / total);
 }
 
 __device__ void token(const PolicyLoss& op, long i, float scale, double* sums) {

@@ -152,7 +152,7 @@ def _sequence(
             d = tl.load(LOGPROBS + high - i, mask=trainable, other=0.0)
             d -= tl.load(REF_LOGPROBS + high - i, mask=trainable, other=0.0)
             kl = kl_of_token(d, diff_low, diff_high, value_low, value_high, KIND)
-            rewards = tl.where(trainable, -kl_coef * kl, 0.0) + tl.where(i == i_place, score, 0.0)
+            rewards = tl.where(trainable & (kl_coef != 0.0), -kl_coef * kl, 0.0) + tl.where(i == i_place, score, 0.0)
             tl.store(KL + high - i, tl.where(trainable, kl, 0.0), mask=inside)
             tl.store(REWARDS + high - i, rewards, mask=inside)
             tl.store(VALUE_MASK + high - i, part, mask=inside)

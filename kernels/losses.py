@@ -39,7 +39,7 @@ def _scale(DENOM, scale):
     """1 / the number that the loss is divided by."""
     if DENOM is not None:
         denom = tl.load(DENOM).to(tl.float64)
-        scale = (1.0 / tl.where(denom > 0.0, denom, 1.0)).to(tl.float32)
+        scale = (1.0 / tl.where(denom <= 0.0, 1.0, denom)).to(tl.float32)
     return scale
 
 

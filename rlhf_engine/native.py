@@ -24,7 +24,10 @@ def load() -> bool:
 
 def build_info() -> dict[str, str]:
     """Compiler, flags and the torch version of the headers; or `not_built` with the reason; empty if never tried."""
-    info: dict[str, str] = json.loads(_INFO.read_text()) if _INFO.exists() else {}
+    try:
+        info: dict[str, str] = json.loads(_INFO.read_text()) if _INFO.exists() else {}
+    except ValueError:  # cut off; `rlhf doctor` tells
+        return {}
     return info
 
 

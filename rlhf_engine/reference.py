@@ -301,7 +301,9 @@ def kl_gae(
         fits = (place[:, :-1] & room[:, 1:]).any(1, keepdim=True)
         place = torch.where(fits, F.pad(place, (1, 0))[:, :-1], place)
     scores = _clamp(_up(scores), score_clip or None)
-    rewards = torch.where(mask, -kl_coef * kl, 0) + torch.where(place, scores[:, None], 0)
+    rewards = torch.where(mask, -kl_coef * kl if kl_coef else torch.zeros_like(kl), 0) + torch.where(
+        place, scores[:, None], 0
+    )
     value_mask = mask | place
     advantages, returns = gae(rewards, values, value_mask, gamma=gamma, lam=lam, holes=holes, bootstrap=bootstrap)
     advantages = _whiten(advantages, mask) if whiten else torch.where(mask, advantages, 0)
@@ -360,7 +362,7 @@ def ppo_token_loss(
         if entropy is not None:
             loss = loss - entropy_coef * _up(entropy)
             metrics["entropy"] = entropy
-        if ref_logprobs is not None:
+        if ref_logprobs is not None and kl_coef:
             loss = loss + kl_coef * kl_estimate(logprobs, at(ref_logprobs, rows), kind=kl_kind)
         return loss, metrics
 
@@ -426,7 +428,7 @@ def reduce_loss(
     loss_n, per_token = token_loss if isinstance(token_loss, tuple) else (token_loss, {})
     if weights is not None:
         loss_n = loss_n * _up(weights.detach().reshape(-1)[rows])
-    total = torch.as_tensor(rows.numel() if denom is None else denom).to(loss_n)
+    total = torch.as_tensor(rows.numel() if denom is None else denom).detach().to(loss_n)
     metrics = {count_name: torch.tensor(rows.numel(), dtype=torch.float64, device=loss_n.device)}
     for name, value_n in per_token.items():
         value_n = value_n.detach().double()
@@ -434,4 +436,4 @@ def reduce_loss(
             metrics[name] = value_n.amax() if rows.numel() else value_n.new_zeros(())
         else:
             metrics[f"{name}_sum"] = value_n.sum()
-    return loss_n.sum() / torch.where(total > 0, total, 1), metrics
+    return loss_n.sum() / torch.where(total <= 0, 1, total), metrics

@@ -517,3 +517,60 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradient.sum().backward()
+
+
+def test_what_is_written_to_is_known_to_autograd() -> None:
+    x, w, mask = torch.randn(3, 7), torch.randn(3, 7, requires_grad=True), torch.ones(3, 7, dtype=torch.bool)
+    for write in (
+        lambda: ops.whiten(x, mask, out=x, backend="cpu"),
+        lambda: ops.gae(w.detach(), w.detach(), mask, out=(x, torch.empty(3, 7)), backend="cpu"),
+    ):
+        loss = (w * x).sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forward_ad's own
+def test_other_derivatives_are_refused_not_lost() -> None:
+    x, old = torch.randn(2, 2, 5).unbind()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    for function in (
+        lambda p: ops.ppo_loss(p, old, old, mask, backend="cpu")[0],
+        lambda p: ops.kl_estimate(p, old, backend="cpu").sum(),
+    ):
+        with pytest.raises(RuntimeError, match="pass backend='reference'"):
+            torch.func.jvp(function, (x,), (x,))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="pass backend='reference'"):
+            function(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_masks_whose_true_bytes_are_not_1(case: Case) -> None:
+    mask = case.mask()
+    assert_same_bits(every_op(case, mask), every_op(case, (mask.to(torch.uint8) * 255).view(torch.bool)))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_coefficient_of_zero_leaves_its_term_out(backend: str) -> None:
+    old, far, mask = torch.zeros(2, 3), torch.full((2, 3), -200.0), torch.ones(2, 3, dtype=torch.bool)
+    with_term = ops.ppo_loss(old, old, old + 1, mask, ref_logprobs=-far, kl_coef=0.0, backend=backend)[0]
+    assert torch.equal(with_term, ops.ppo_loss(old, old, old + 1, mask, backend=backend)[0])
+    shaped = ops.kl_gae(torch.ones(2), far, old, old, mask, kl_coef=0.0, kl_kind="k3", backend=backend)
+    assert shaped.rewards[:, -1].tolist() == [1, 1] and not shaped.rewards[:, :-1].any() and shaped.kl.isinf().all()
+    nan = torch.tensor(torch.nan)
+    assert ops.ppo_loss(old, old, old + 1, mask, denom=nan, backend=backend)[0].isnan()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+def test_compiled_for_numbers_that_change() -> None:
+    x, mask = torch.randn(3, 4, 6), torch.ones(4, 6, dtype=torch.bool)
+    offsets = torch.tensor([0, 10, 24])
+
+    def step(denom: float) -> tuple[Tensor, Tensor]:
+        advantages, _ = ops.gae(*x[:2].flatten(1), mask.flatten(), cu_seqlens=offsets, backend="cpu")
+        return ops.ppo_loss(*x, mask, denom=denom, backend="cpu")[0], advantages
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for denom in (13.0, 21.0, 34.0):
+        assert_same_bits(parts(compiled(denom)), parts(step(denom)))

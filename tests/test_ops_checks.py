@@ -100,6 +100,17 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: ops.kl_gae(SCORES, X, X, X, MASK, kl_coef=0.1, out=ops.ShapedAdvantages(*torch.empty(5, 4, 8))),
         "kl_gae: out.value_mask must be contiguous torch.bool without gradient",
     ),
+    (
+        lambda: ops.kl_gae(
+            TWO[0, :, 0], X, X, X, MASK, kl_coef=0.1, out=ops.ShapedAdvantages(*torch.empty(3, 4, 8), TWO[0], ~MASK)
+        ),
+        "kl_gae: out.kl shares memory with scores; give it memory of its own",
+    ),
+    (
+        lambda: ops.whiten(X.T, MASK.T, out=X.T),
+        "whiten: out must be contiguous torch.float32 without gradient",
+    ),
+    (lambda: ops.merge_metrics([{"policy_tokens": SCORES}, {"policy_tokens": SCORES, "entropy_sum": SCORES}]), "merge"),
     # values
     (
         lambda: ops.token_logprobs(X, TARGETS + 5),

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 
 from rlhf_engine.doctor.check import Check
@@ -37,7 +38,7 @@ def build_tools(name: str) -> Check:
 def compiler() -> str | None:
     """As setup.py looks for it; so does nvcc()."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
+    return next((path for name in names if (path := shutil.which(shlex.split(name)[0]))), None)
 
 
 def nvcc() -> str | None:
@@ -58,7 +59,9 @@ def on_disk(name: str) -> Check:
         fix = f"`make setup` in {ROOT}, or {install_again()}"
         return Check(name, "warn", f"made of other sources than {ROOT / 'csrc'} holds now", fix)
     if nvcc() and not info.get("nvcc"):
-        return Check(name, "warn", f"{seen}, although there is {nvcc()}", f"build it again: {install_again()}")
+        why = " ".join(info.get("cuda_not_built", "").split())[-200:]
+        seen += f", although there is {nvcc()}" + (f": {why}" if why else "")
+        return Check(name, "warn", seen, f"build it again, with a newer CUDA toolkit if it failed: {install_again()}")
     return Check(name, "ok", seen)
 
 

@@ -61,6 +61,7 @@ class Adaptors:
         arguments = (p, q, *_kind(kind), *_bounds(clamp_diff), *_bounds(clamp_value), wanted)
         if torch.compiler.is_compiling():  # it sees through registered operators only
             return self.call.kl_estimate(*arguments)[0]
+        _refuse_transforms("kl_estimate")
         with _BelowAutograd():
             value, derivative = self.call.kl_estimate(*arguments)
             gradients = (derivative, -derivative) if ref_logprobs.requires_grad else (derivative,)
@@ -90,6 +91,7 @@ class Adaptors:
         if out is None:
             return self.call.gae(*arguments)
         self.call.gae_out(*arguments, *out)
+        _written(*out)
         return out
 
     @_float32
@@ -109,6 +111,7 @@ class Adaptors:
         if out is None:
             return self.call.whiten(*arguments)
         self.call.whiten_out(*arguments, out)
+        _written(out)
         return out
 
     @_float32
@@ -144,6 +147,7 @@ class Adaptors:
         if out is None:
             return ShapedAdvantages(*self.call.kl_gae(*arguments))
         self.call.kl_gae_out(*arguments, *out.tensors())
+        _written(*out.tensors())
         return out
 
     @_float32
@@ -171,7 +175,7 @@ class Adaptors:
         loss, metrics = _loss(
             self.call.ppo_loss, (p,) if h is None else (p, h), wanted,
             p, _constant(old_logprobs), _constant(advantages), _dense(mask), _optional(is_weights), h,
-            _optional(ref_logprobs), _optional(weights), *_denom(denom), clip_low, clip_high,
+            _optional(ref_logprobs) if kl_coef else None, _optional(weights), *_denom(denom), clip_low, clip_high,
             math.inf if dual_clip is None else dual_clip, entropy_coef, kl_coef, *_kind(kl_kind), wanted,
         )  # fmt: skip
         named = dict(zip(POLICY_METRICS, metrics.unbind(), strict=True))
@@ -201,16 +205,29 @@ class Adaptors:
         return loss, dict(zip(VALUE_METRICS, metrics.unbind(), strict=True))
 
 
-def _loss(
-    operator: Callable[..., Any], inputs: tuple[Tensor, ...], wanted: bool, *arguments: Any
-) -> tuple[Tensor, Tensor]:
+def _loss(operator: Any, inputs: tuple[Tensor, ...], wanted: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Loss and metrics of an operator that returns (loss, a gradient for each of the inputs, ..., metrics)."""
     if torch.compiler.is_compiling():
         loss, *_, metrics = operator(*arguments)
         return loss, metrics.detach()
+    _refuse_transforms(operator.name().split("::")[1])
     with _BelowAutograd():
         loss, *gradients, metrics = operator(*arguments)
     return WithGradient.apply((loss, gradients[: len(inputs)]), *inputs) if wanted else loss, metrics
+
+
+def _refuse_transforms(op: str) -> None:
+    """Below autograd they would lose the derivative without a word."""
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"{op}: this backend knows neither torch.func nor forward-mode derivatives; pass backend='reference'"
+        )
+
+
+def _written(*tensors: Tensor) -> None:
+    """So that a backward which still needs what stood there says so."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
 
 
 def _dense(x: Tensor) -> Tensor:

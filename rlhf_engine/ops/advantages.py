@@ -96,7 +96,11 @@ def gae(
     if out is not None:
         if len(out) != 2:
             raise ValueError(f"{op}: out must be (advantages, returns), got {len(out)} tensors")
-        checks.output(op, {"rewards": rewards, "values": values, "mask": mask}, **{"out[0]": out[0], "out[1]": out[1]})
+        inputs = {"rewards": rewards, "values": values}
+        others = {
+            "mask": mask, "lam": lam, "value_lam": value_lam, "bootstrap": bootstrap, "cu_seqlens": cu_seqlens
+        }  # fmt: skip
+        checks.output(op, inputs, inputs | others, **{"out[0]": out[0], "out[1]": out[1]})
     return select(op, backend, rewards.device.type)(
         rewards, values, mask, gamma=gamma, lam=lam, value_lam=value_lam, holes=holes, bootstrap=bootstrap,
         cu_seqlens=cu_seqlens, out=out,
@@ -115,7 +119,7 @@ def whiten(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Mean 0 and variance 1 over the mask. No token, one token and equal values give finite zeros.
+    """Mean 0 and variance 1 over the mask. Of no token, one token and equal values the deviations are zeros, not NaN.
 
     Args:
         x: any shape, float. mask: the same shape, bool.
@@ -135,8 +139,8 @@ def whiten(
     checks.like(op, {"x": x}, mask=mask)
     checks.one_of(op, "eps_mode", eps_mode, ("add", "max"))
     checks.positive(op, eps=eps)
-    if out is not None and out is not x:
-        checks.output(op, {"x": x, "mask": mask}, out=out)
+    if out is not None:
+        checks.output(op, {"x": x}, {"mask": mask, "x": None if out is x else x}, out=out)
     return select(op, backend, x.device.type)(
         x, mask, center=center, ddof=ddof, eps=eps, eps_mode=eps_mode, zero_masked=zero_masked, out=out
     )
@@ -192,8 +196,10 @@ def kl_gae(
     checks.one_of(op, "score_at", score_at, ("last", "after"))
     checks.not_negative(op, score_clip=score_clip)
     if out is not None:
-        inputs = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "mask": mask}
-        checks.output(op, inputs, **{f"out.{field.name}": getattr(out, field.name) for field in fields(out)})
+        inputs = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
+        others = {"mask": mask, "scores": scores, "lam": lam, "bootstrap": bootstrap, "cu_seqlens": cu_seqlens}
+        places = {f"out.{field.name}": getattr(out, field.name) for field in fields(out)}
+        checks.output(op, inputs | {"scores": scores}, inputs | others, **places)
     return select(op, backend, logprobs.device.type)(
         scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, kl_kind=kl_kind, kl_clamp_diff=kl_clamp_diff,
         kl_clamp_value=kl_clamp_value, gamma=gamma, lam=lam, whiten=whiten, score_at=score_at, score_clip=score_clip,

@@ -79,6 +79,10 @@ def _sequence_tokens(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def merge_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Metrics of several micro-batches (or losses) as those of one: maxima by maximum, all else by sum. No sync."""
     merged: dict[str, Tensor] = {}
+    parts = list(parts)
+    with_entropy = {"entropy_sum" in part for part in parts if "policy_tokens" in part}
+    if len(with_entropy) > 1:
+        raise ValueError("merge_metrics: entropy is in some parts only, so its mean over all tokens is not known")
     for part in parts:
         for name, value in part.items():
             if name not in merged:

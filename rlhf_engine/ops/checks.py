@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +63,14 @@ def one_of(op: str, name: str, value: object, allowed: Collection[str]) -> None:
 
 def positive(op: str, **numbers: float | None) -> None:
     for name, x in numbers.items():
-        if x is not None and not (x > 0 and math.isfinite(x)):
+        if x is not None and not 0 < x < math.inf:
             raise ValueError(f"{op}: {name} must be greater than 0 and finite, got {x}")
 
 
 def not_negative(op: str, **numbers: float | Tensor | None) -> None:
     """Tensors pass unread: a look at their value would wait for the device."""
     for name, x in numbers.items():
-        if x is not None and not isinstance(x, Tensor) and not (x >= 0 and math.isfinite(x)):
+        if x is not None and not isinstance(x, Tensor) and not 0 <= x < math.inf:
             raise ValueError(f"{op}: {name} must be 0 or greater and finite, got {x}")
 
 
@@ -87,7 +88,7 @@ def targets(op: str, targets: Tensor, mask: Tensor | None, ignore_index: int | N
         raise ValueError(f"{op}: target {targets[place].item()} at {place} is outside the vocabulary [0, {vocabulary})")
 
 
-def denominator(op: str, weights: Tensor | None, denom: float | Tensor | None) -> None:
+def denominator(op: str, reference: dict[str, Tensor], weights: Tensor | None, denom: float | Tensor | None) -> None:
     """Weights need their denom: most modes divide by something other than the number of tokens."""
     if denom is None:
         if weights is not None:
@@ -96,8 +97,10 @@ def denominator(op: str, weights: Tensor | None, denom: float | Tensor | None) -
             )
     elif not isinstance(denom, Tensor):
         not_negative(op, denom=denom)
-    elif denom.dim() != 0:
-        raise ValueError(f"{op}: denom must be a number or a 0-d tensor, got {shape(denom)}")
+    elif denom.dim() != 0 or denom.is_complex():
+        raise ValueError(f"{op}: denom must be a number or a 0-d tensor, got {shape(denom)} {denom.dtype}")
+    else:
+        same_device(op, reference, denom=denom)
 
 
 def sequences(op: str, mask: Tensor, cu_seqlens: Tensor | None, name: str = "mask") -> int:
@@ -115,7 +118,7 @@ def sequences(op: str, mask: Tensor, cu_seqlens: Tensor | None, name: str = "mas
             f"{op}: cu_seqlens must be (B + 1,) int32 or int64, got {shape(cu_seqlens)} {cu_seqlens.dtype}"
         )
     same_device(op, {name: mask}, cu_seqlens=cu_seqlens)
-    if cu_seqlens.device.type == "cpu":
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != len(mask) or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(
@@ -134,9 +137,9 @@ def per_sequence(op: str, count: int, reference: dict[str, Tensor], **tensors: T
         same_device(op, reference, **{name: x})
 
 
-def output(op: str, inputs: dict[str, Tensor], **tensors: Tensor) -> None:
+def output(op: str, inputs: dict[str, Tensor], read: dict[str, Any], **tensors: Tensor) -> None:
     """What is written to directly: contiguous, of the inputs' shape and device and the result's dtype (a mask: bool),
-    and in memory of its own."""
+    and in memory of its own, apart from all that is read."""
     dtype = torch.float64 if any(x.dtype is torch.float64 for x in inputs.values()) else torch.float32
     ((first_name, first), *_) = inputs.items()
     for name, x in tensors.items():
@@ -149,7 +152,7 @@ def output(op: str, inputs: dict[str, Tensor], **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {name} must be contiguous {wanted} without gradient")
     if torch.compiler.is_compiling() or not first.numel():  # no memory to compare
         return
-    taken = {name: _memory(x) for name, x in inputs.items()}
+    taken = {name: _memory(x) for name, x in read.items() if isinstance(x, Tensor)}
     for name, x in tensors.items():
         begin, end = _memory(x)
         for other, (other_begin, other_end) in taken.items():

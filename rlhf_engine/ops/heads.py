@@ -134,7 +134,7 @@ def linear_policy_loss(
         checks.same_device(op, {"targets": targets}, rows=rows)
         checks.targets(op, targets.reshape(-1)[rows], None, None, weight.shape[0])
     checks.like(op, {"targets": targets}, weights=weights)
-    checks.denominator(op, weights, denom)
+    checks.denominator(op, {"targets": targets}, weights, denom)
     return select(op, backend, hidden.device.type)(
         hidden, weight, targets, token_loss, bias=bias, temperature=temperature, softcap=softcap,
         logit_scale=logit_scale, mask=mask, ignore_index=ignore_index, rows=rows, weights=weights, denom=denom,

@@ -67,7 +67,7 @@ def ppo_loss(
         ref_logprobs=ref_logprobs,
     )  # fmt: skip
     checks.like(op, expected, mask=mask, entropy=entropy, weights=weights)
-    checks.denominator(op, weights, denom)
+    checks.denominator(op, expected, weights, denom)
     _check_coefficients(op, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef, kl_kind)
     if entropy_coef and entropy is None:
         raise ValueError(f"{op}: entropy_coef is {entropy_coef}, but entropy is not given")
@@ -134,7 +134,7 @@ def value_loss(
     checks.floating(op, **expected)
     checks.constants(op, expected, old_values=old_values, returns=returns)
     checks.like(op, expected, mask=mask, weights=weights)
-    checks.denominator(op, weights, denom)
+    checks.denominator(op, expected, weights, denom)
     checks.not_negative(op, clip=clip)
     function = select(op, backend, values.device.type)
     return function(values, old_values, returns, mask, clip=clip, weights=weights, denom=denom)
