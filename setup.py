@@ -80,11 +80,21 @@ def digest(*files: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def word(path: Path) -> str:
+    """A path in a command."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def node(path: Path | str) -> str:
+    """A path in a build line."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def plan(library: Path, objects: Path, torch: Path, compiler: str, nvcc: str | None) -> str:
     """What ninja is to do, in its language."""
-    include = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -isystem {torch / 'include'}"
+    include = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -isystem {word(torch / 'include')}"
     # --no-as-needed keeps libtorch.so among the needed libraries: where it is a CUDA build it brings CUDA with it.
-    libraries = f"-L{torch / 'lib'} -ltorch -ltorch_cpu -lc10"
+    libraries = f"-L{word(torch / 'lib')} -ltorch -ltorch_cpu -lc10"
     cuda_link = f"{nvcc} -shared -cudart static -Xlinker --no-as-needed,-soname={SONAME} {libraries}"
     link = cuda_link if nvcc else f"{compiler} -shared -Wl,--no-as-needed,-soname={SONAME} {libraries}"
     lines = [
@@ -101,11 +111,13 @@ def plan(library: Path, objects: Path, torch: Path, compiler: str, nvcc: str | N
     headers = [file for file in sorted((ROOT / "csrc").iterdir()) if file.suffix in (".h", ".cuh")]
     made = []
     for source in sources:
-        made.append(str(objects / f"{Path(source).name}.o"))
-        lines.append(f"build {made[-1]}: {'cuda' if source in KERNELS else 'cxx'} {ROOT / source}")
+        made.append(node(objects / f"{Path(source).name}.o"))
+        lines.append(f"build {made[-1]}: {'cuda' if source in KERNELS else 'cxx'} {node(ROOT / source)}")
         # Ninja compiles again where the command is another: so too after a source was put back with its old time.
         lines.append(f"  content = {digest(ROOT / source, *headers)}")
-    return "\n".join([*lines, f"build {library}: link {' '.join(made)}", *plan_python(library, compiler, nvcc), ""])
+    return "\n".join(
+        [*lines, f"build {node(library)}: link {' '.join(made)}", *plan_python(library, compiler, nvcc), ""]
+    )
 
 
 def plan_python(library: Path, compiler: str, nvcc: str | None) -> list[str]:
@@ -113,12 +125,12 @@ def plan_python(library: Path, compiler: str, nvcc: str | None) -> list[str]:
     import pybind11
 
     targets = ",".join(f'"sm_{target}"' for target in TARGETS)
-    flags = [*FLAGS, f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
+    flags = [*FLAGS, *(f"-isystem {word(Path(x))}" for x in (pybind11.get_include(), sysconfig.get_path("include")))]
     flags += [f"'-DRLHF_CUDA={targets}'"] if nvcc else []
     return [
         "rule python",
         f"  command = {compiler} {' '.join(flags)} -shared $in -o $out",
-        f"build {raw_module(library)}: python {ROOT / PYTHON_SIDE} {library}",
+        f"build {node(raw_module(library))}: python {node(ROOT / PYTHON_SIDE)} {node(library)}",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -97,3 +98,20 @@ def test_transformers_builds_a_model_from_the_repository_root() -> None:
         "AutoModelForCausalLM.from_config(config)"
     )
     run(sys.executable, "-c", script, cwd=ROOT)
+
+
+@pytest.mark.long
+def test_a_failing_nvcc_costs_the_cuda_code_alone(tmp_path: Path) -> None:
+    """As one older than a target; in a folder with a space, by a compiler of two words."""
+    toolkit, source = tmp_path / "toolkit/bin", tmp_path / "a folder"
+    toolkit.mkdir(parents=True)
+    source.mkdir()
+    (toolkit / "nvcc").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] || { echo "Unsupported gpu architecture"; exit 1; }\n'
+    )
+    (toolkit / "nvcc").chmod(0o755)
+    wheel = build_wheel(copy_sources(source), tmp_path / "wheel", CUDA_HOME=str(toolkit.parent), CXX="env g++")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "rlhf_engine/_C.so" in archive.namelist()
+        info = json.loads(archive.read("rlhf_engine/_C.json"))
+    assert "Unsupported gpu architecture" in info["cuda_not_built"] and not info["targets"]
