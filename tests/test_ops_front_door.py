@@ -238,6 +238,45 @@ def test_places_for_results_must_fit() -> None:
         assert ops.gae(*double, MASK, out=(good.double(), good.double()))[0].any()
 
 
+def test_a_place_may_touch_an_input_but_not_share_memory() -> None:
+    """The input has gaps: 63 numbers from its first to its last, and what lies between counts as its own."""
+    memory = torch.randn(200)
+    rewards = memory.as_strided((4, 8), (16, 2), 40)
+    for begin, fits in ((8, True), (9, False), (39, False), (41, False), (102, False), (103, True)):
+        out = (memory[begin : begin + 32].view(4, 8), torch.zeros(4, 8))
+        if fits:
+            ops.gae(rewards, Y, MASK, out=out)
+            continue
+        with pytest.raises(ValueError, match=r"^gae: out\[0\] shares memory with rewards; give it memory of its own$"):
+            ops.gae(rewards, Y, MASK, out=out)
+
+
+@pytest.mark.parametrize("op", ["gae", "whiten", "kl_gae"])
+def test_a_place_in_the_memory_of_any_input_is_refused(op: str) -> None:
+    memory, free = torch.ones(4, 8), torch.zeros(4, 4, 8)
+    shared_mask = memory.view(-1).view(torch.bool)[:32].view(4, 8)  # bytes of the first numbers
+    first = {"gae": "out[0]", "whiten": "out", "kl_gae": "out.rewards"}[op]
+    for name, x in required(op).items():
+        if not isinstance(x, Tensor) or x.shape != (4, 8):
+            continue
+        out = {
+            "gae": (memory, free[0]), "whiten": memory,
+            "kl_gae": ops.ShapedAdvantages(memory, *free[:3], torch.ones(4, 8, dtype=torch.bool)),
+        }  # fmt: skip
+        shared = shared_mask if x is MASK else memory.view_as(memory)
+        with pytest.raises(ValueError) as error:
+            getattr(ops, op)(**required(op) | {name: shared, "out": out[op]})
+        assert str(error.value) == f"{op}: {first} shares memory with {name}; give it memory of its own"
+
+
+@pytest.mark.parametrize("op", ["ppo_loss", "value_loss"])
+def test_weights_need_a_denominator_of_one_number(op: str) -> None:
+    with pytest.raises(ValueError, match=f"^{op}: weights are given without denom; pass the count of the whole batch"):
+        getattr(ops, op)(**required(op), weights=W)
+    with pytest.raises(ValueError, match=rf"^{op}: denom must be a number or a 0-d tensor, got \(4,\)$"):
+        getattr(ops, op)(**required(op), denom=EACH)
+
+
 @pytest.mark.parametrize("op", ["gae", "kl_gae"])
 def test_offsets_must_fit(op: str) -> None:
     """They rise from 0 to the end, by nothing too, and say how many sequences there are."""

@@ -259,18 +259,17 @@ def test_kl_gae_is_kl_estimate_then_gae_then_whiten(score_at: str, holes: str) -
     logprobs, ref_logprobs, mask = batch(12, 6, 9)
     values, scores, bootstrap = batch(13, 6, 9)[0], torch.arange(6.0).double(), torch.linspace(-2, 2, 6).double()
     recursion: dict[str, Any] = {"gamma": 0.9, "lam": 0.8, "holes": holes, "bootstrap": bootstrap}
-    options: dict[str, Any] = {
-        "kl_coef": 0.3,
-        "kl_clamp_diff": (-1.0, 0.5),
-        "kl_clamp_value": 0.4,
-        "score_at": score_at,
-    }
+    clamps: dict[str, Any] = {"kl_clamp_diff": (-1.0, 0.5), "kl_clamp_value": 0.7}
+    options: dict[str, Any] = {"kl_coef": 0.3, "score_at": score_at, **clamps}
     shaped = kl_gae(scores, logprobs, ref_logprobs, values, mask, **recursion, **options)
-    kl = kl_estimate(logprobs, ref_logprobs, clamp_diff=(-1.0, 0.5), clamp_value=0.4)
-    assert torch.equal(shaped.kl, kl.where(mask, 0)) and (kl == 0.4).any() and (kl == -0.4).any()
+    kl = kl_estimate(logprobs, ref_logprobs, clamp_diff=(-1.0, 0.5), clamp_value=0.7)
+    assert torch.equal(shaped.kl, kl.where(mask, 0)) and (kl == 0.5).any() and (kl == -0.7).any()
     advantages, returns = gae(shaped.rewards, values, shaped.value_mask, **recursion)
     assert torch.equal(shaped.returns, returns)
     assert torch.equal(shaped.advantages, whiten(advantages, mask))
+    out = ShapedAdvantages(*torch.full((4, 6, 9), 7.0).double(), mask.clone())
+    assert kl_gae(scores, logprobs, ref_logprobs, values, mask, **recursion, **options, out=out) is out
+    assert all(torch.equal(a, b) for a, b in zip(out.tensors(), shaped.tensors(), strict=True))
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
