@@ -98,7 +98,8 @@ def denominator(op: str, reference: dict[str, Tensor], weights: Tensor | None, d
     elif not isinstance(denom, Tensor):
         not_negative(op, denom=denom)
     elif denom.dim() != 0 or denom.is_complex():
-        raise ValueError(f"{op}: denom must be a number or a 0-d tensor, got {shape(denom)} {denom.dtype}")
+        seen = shape(denom) if denom.dim() else denom.dtype
+        raise ValueError(f"{op}: denom must be a number or a 0-d tensor, got {seen}")
     else:
         same_device(op, reference, denom=denom)
 
