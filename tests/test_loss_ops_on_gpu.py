@@ -32,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def largest(x: Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0
+    return float(x.double().abs().max()) if x.numel() else 0.0
 
 
 def on_gpu(case: Case, backend: str, change: Callable[[Tensor], Tensor] = lambda x: x) -> Results:
@@ -45,7 +45,7 @@ def test_as_exact_as_on_a_cpu(case: Case, backend: str) -> None:
     for (name, ours), (_, exact) in zip(on_gpu(case, backend), truth, strict=True):
         # Sums of n numbers of size 1 may cancel; what their own roundings add up to is free.
         free = 2.0**-24 * max(40.0, 4 * (case.count * case.length) ** 0.5, 40 * largest(exact))
-        assert largest(ours.cpu().double() - exact) <= free, name
+        assert largest(ours.cpu().double() - exact.double()) <= free, name
 
 
 @pytest.mark.parametrize("case", CASES)
