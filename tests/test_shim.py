@@ -224,7 +224,7 @@ MUTANTS = {
     "gamma for lambda": ("gae.cu", "compose(map, {s.decay, delta", "compose(map, {gamma, delta"),
     "the wrong lane's map": ("gae.cu", "(kAllLanes, inclusive.shift, 1)", "(kAllLanes, inclusive.shift, 2)"),
     "mask shifted by one": ("losses.cu", "if (op.mask[i]) token", "if (op.mask[i ? i - 1 : 0]) token"),
-    "wrong denominator": ("losses.cu", "1.0 / total : 1.0", "1.0 / (total + 1.0) : 1.0"),
+    "wrong denominator": ("losses.cu", "1.0 : 1.0 / total", "1.0 : 1.0 / (total + 1.0)"),
     "no barrier in the last block": ("losses.cu", "();\n  }\n  __syncthreads();", "();\n  }"),
     "whitening over all positions": ("whiten.cu", "if (i < size && mask[i]) sum", "if (i < size) sum"),
 }
