@@ -257,7 +257,9 @@ __global__ void __launch_bounds__(kThreads) block_per_chunk(Gae op, const Map* m
   __shared__ Map own[kWarps];
   __shared__ Map behind[kThreads];
   __shared__ Moments parts[kWarps];
+  __shared__ Moments sequence;  // only its first thread's business: registers of every thread would spill
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (threadIdx.x == 0) sequence = {};
   const Sequence s = sequence_of_block(op, blockIdx.x);
   const long cleared = all_chunks ? s.begin : s.begin + static_cast<long>(blockIdx.y) * kChunk;
   clear(op, cleared > s.place + 1 ? cleared : s.place + 1, all_chunks || cleared + kChunk > s.end ? s.end : cleared + kChunk, threadIdx.x, kThreads);
@@ -270,7 +272,6 @@ __global__ void __launch_bounds__(kThreads) block_per_chunk(Gae op, const Map* m
     for (int i = 0; i < here; ++i) carry = apply(behind[i], carry);
     __syncthreads();
   }
-  Moments sequence{};
   for (long chunk = first_chunk; s.place - chunk * kChunk >= s.begin; ++chunk) {
     const long high = s.place - chunk * kChunk - warp * kTile;
     const int count = tile_count(s, high);
