@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .config import PPOConfig as PPOConfig
     from .config import RunConfig as RunConfig
     from .engine import PPOEngine as PPOEngine
+    from .policy_head import LinearPolicyHead as LinearPolicyHead
     from .reward_training import train_reward_model as train_reward_model
     from .sft import train_sft as train_sft
     from .types import Comparisons as Comparisons
@@ -33,6 +34,7 @@ _HOME = {
     "PPOConfig": "config",
     "RunConfig": "config",
     "PPOEngine": "engine",
+    "LinearPolicyHead": "policy_head",
     "train_reward_model": "reward_training",
     "train_sft": "sft",
     "Comparisons": "types",

@@ -192,12 +192,10 @@ class PPOEngine:
         if self.config.ignore_eos:  # a bias of -inf: as rollout does it
             bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.clone()
             bias[self.tokenizer.eos_token_id] = -torch.inf
-        mask = batch.response_mask[rows]
-        targets = batch.tokens[rows, batch.tokens.shape[1] - mask.shape[1] :]
-        options = models.head_options(model)
+        targets = batch.tokens[rows, batch.tokens.shape[1] - batch.response_mask.shape[1] :]
         return {
-            "weight": weight, "targets": targets, "bias": bias, "mask": mask, "temperature": self.config.temperature,
-            **options,
+            "weight": weight, "targets": targets, "bias": bias, "rows": batch.sampled_rows(rows),
+            "temperature": self.config.temperature, **models.head_options(model),
         }  # fmt: skip
 
     def _logprobs(self, model: LanguageModel, batch: Rollout, rows: slice, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,9 +99,9 @@ def _step(model: LanguageModel, batch: list[_Row]) -> float:
     hidden, _ = models.run_body(model, tokens, mask)
     weight, bias = models.output_head(model)
     scored = target[:, 1:] & mask[:, 1:]
-    logprobs, _ = ops.linear_logprobs(
-        hidden[:, :-1], weight, tokens[:, 1:], bias=bias, mask=scored, **models.head_options(model)
-    )
-    loss = -logprobs.sum() / scored.sum()
+    loss, _ = ops.linear_policy_loss(
+        hidden[:, :-1], weight, tokens[:, 1:], lambda logprobs, entropy, rows: -logprobs, bias=bias, mask=scored,
+        **models.head_options(model),
+    )  # fmt: skip
     loss.backward()
     return float(loss.detach())

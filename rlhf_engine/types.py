@@ -94,9 +94,17 @@ class Rollout:
     hidden: dict[int, Tensor] = field(
         default_factory=dict
     )  # frozen trunk: layer index -> (B, S, H) input of that layer
+    sampled: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # a micro-batch -> what sampled_rows gave
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def sampled_rows(self, rows: slice) -> Tensor:
+        """(n,) int64: where a micro-batch's flattened response mask is true. Found once: a GPU has to be waited for."""
+        cut = rows.start, rows.stop
+        if cut not in self.sampled:
+            self.sampled[cut] = self.response_mask[rows].reshape(-1).nonzero().squeeze(1)
+        return self.sampled[cut]
 
 
 @dataclass(slots=True)

@@ -200,7 +200,7 @@ def test_a_target_is_looked_at_where_it_counts() -> None:
         ops.token_logprobs(X, bad, mask=TARGETS != 1)
 
 
-@pytest.mark.parametrize("backend", ops.available("linear_policy_loss"))
+@pytest.mark.parametrize("backend", ops.available("linear_policy_loss", "cpu"))
 def test_rows_that_are_named_are_scored_whatever_their_target(backend: str) -> None:
     """Neither mask nor ignore_index is looked at, even where the latter is a token."""
     loss, _ = ops.linear_policy_loss(

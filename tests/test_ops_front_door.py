@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine import ops, reference
-from rlhf_engine.ops import backends
+from rlhf_engine.ops import backends, losses
 from rlhf_engine.ops.aggregate import MODES
 
 X, Y, Z, W = torch.randn(4, 4, 8).unbind()
@@ -85,7 +85,7 @@ def received(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         calls.append(arguments | arguments.pop("objective", {}))
 
     if op == "ppo_token_loss":
-        monkeypatch.setattr(reference, op, record)
+        monkeypatch.setattr(losses, "PPOTokenLoss", lambda p, a, tensors, options: record(p, a, **tensors, **options))
     else:
         monkeypatch.setitem(backends._TABLE[op], "cpu", record)
     return calls

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_engine import ops, reference
-from rlhf_engine.ops.tiles import ROW_TILE, SEGMENT
+from rlhf_engine.ops.tiles import SHAPES
+
+ROW_TILE, SEGMENT = SHAPES["cpu"].rows, SHAPES["cpu"].tokens
 
 reference_logprobs = reference.linear_logprobs  # one test takes it away
 DTYPES = [torch.float32, torch.bfloat16]
@@ -202,14 +204,30 @@ def test_a_graph_can_be_walked_twice_but_not_differentiated_twice() -> None:
         once.sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "softcap"), [(torch.float16, None), (torch.float64, None), (torch.float32, 5.0), (torch.bfloat16, 5.0)]
-)
-def test_rare_inputs_are_the_references(dtype: torch.dtype, softcap: float | None) -> None:
-    tensors = case(SMALL, dtype)
-    ours, theirs = (run(b, tensors, softcap=softcap, temperature=0.7) for b in ("cpu", "reference"))
+def test_float64_is_the_references() -> None:
+    tensors = case(SMALL, torch.float64)
+    ours, theirs = (run(b, tensors, softcap=5.0, temperature=0.7) for b in ("cpu", "reference"))
     for name in ours:
-        assert torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype == torch.float64, name
+
+
+@pytest.mark.parametrize("logits_dtype", ["float32", "input"])
+@pytest.mark.parametrize("softcap", [None, 5.0, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_caps_scales_and_narrow_logits(dtype: torch.dtype, softcap: float | None, logits_dtype: str) -> None:
+    """The last cap is far below most logits, where tanh is flat."""
+    tensors = case(LARGE, dtype)
+    options = {"softcap": softcap, "logit_scale": 1.5, "logits_dtype": logits_dtype}
+    options["temperature"] = torch.linspace(0.5, 2, ROWS)
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+    truth = run("reference", exact, **options)
+    theirs, ours = (run(backend, tensors, **options) for backend in ("reference", "cpu"))
+    for name in ours:
+        # Gradients pass through a product of rounded factors, in another order; at the cap they all but vanish.
+        slack = 1e-9 if logits_dtype == "float32" else 2e-3 * float(truth[name].abs().amax())
+        assert error(ours[name], truth[name]) <= 1.5 * error(theirs[name], truth[name]) + slack, name
+        assert ours[name].dtype == theirs[name].dtype, name
+    assert (ours["logprobs"] <= 0).all()
 
 
 def test_it_is_the_default_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,15 +303,11 @@ def test_policy_loss_folds_as_log_probs_do(dtype: torch.dtype) -> None:
         assert torch.equal(ours, scored.detach())
 
 
-def test_policy_loss_scales_with_what_follows_it_and_can_be_walked_twice() -> None:
+def test_policy_loss_scales_with_what_follows_it() -> None:
     tensors = case(SMALL, torch.float32)
     once, scaled = policy_loss("cpu", tensors), policy_loss("cpu", tensors, upstream=-3.0)
     for name in ("hidden", "weight", "bias"):
         torch.testing.assert_close(scaled[name], -3 * once[name])
-    hidden = tensors["hidden"].requires_grad_()
-    loss, _ = ops.linear_policy_loss(hidden, tensors["weight"], tensors["targets"], lambda p, e, r: -p)
-    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second) and first.any()
 
 
 @pytest.mark.parametrize("frozen", [("weight",), ("weight", "bias"), ("hidden",), ("hidden", "weight", "bias")])

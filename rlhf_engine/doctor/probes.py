@@ -76,6 +76,12 @@ def _linear_logprobs(draw: Draw, backend: str) -> Answers:
 
 
 @torch.no_grad()
+def _linear_logprob_stats(draw: Draw, backend: str) -> Answers:
+    hidden, weight = draw(B, T, H), draw(V, H)
+    return ops.linear_logprob_stats(hidden, weight, _targets(hidden), mask=_mask(hidden), backend=backend)
+
+
+@torch.no_grad()
 def _linear_policy_loss(draw: Draw, backend: str) -> Answers:
     hidden, weight = draw(B, T, H), draw(V, H)
     token_loss = ops.ppo_token_loss(draw(B, T) - 2.4, draw(B, T), entropy_coef=0.1)
@@ -117,6 +123,7 @@ def _value_loss(draw: Draw, backend: str) -> Answers:
 PROBES: dict[str, Callable[[Draw, str], Answers]] = {
     "token_logprobs": _token_logprobs,
     "linear_logprobs": _linear_logprobs,
+    "linear_logprob_stats": _linear_logprob_stats,
     "linear_policy_loss": _linear_policy_loss,
     "kl_estimate": _kl_estimate,
     "gae": _gae,

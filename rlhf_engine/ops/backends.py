@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_engine import native, reference
-from rlhf_engine.ops import adaptors, operators, tiled_head
+from rlhf_engine.ops import adaptors, from_logits, head_operators, operators, tiled_head
 
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _RUNS_ON = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # the device type a backend needs; the reference needs none
@@ -22,6 +22,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "token_logprobs",
         "linear_logprobs",
         "linear_policy_loss",
+        "linear_logprob_stats",
         "kl_estimate",
         "gae",
         "whiten",
@@ -30,22 +31,26 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
         "value_loss",
     )
 }
-_TABLE["linear_logprobs"]["cpu"] = tiled_head.linear_logprobs
-_TABLE["linear_policy_loss"]["cpu"] = tiled_head.linear_policy_loss
 
 
-def _add(namespace: str, *backends: str) -> None:
+def _add(namespace: str, backends: tuple[str, ...], head: str) -> None:
+    """The ops of a namespace of operators; those of the head exist for one device, `head`."""
     functions = adaptors.Adaptors(namespace)
     operators.register(namespace)
     for op in adaptors.OPS:
         _TABLE[op] |= dict.fromkeys(backends, getattr(functions, op))
+    tiled = tiled_head.TiledHead(namespace)
+    head_operators.register(namespace)
+    _TABLE["token_logprobs"][head] = from_logits.FromLogits(namespace).token_logprobs
+    for op in tiled_head.OPS:
+        _TABLE[op][head] = getattr(tiled, op)
 
 
 if native.load():
-    _add("rlhf_engine", "cpu", *(["cuda"] if native.build_info().get("nvcc") else []))
+    _add("rlhf_engine", ("cpu", "cuda") if native.build_info().get("nvcc") else ("cpu",), "cpu")
 if importlib.util.find_spec("triton"):
     _TRITON = operators.define_triton()  # gone with the last reference to it
-    _add("rlhf_triton", "triton")
+    _add("rlhf_triton", ("triton",), "triton")
 
 
 def available(op: str, device_type: str | None = None) -> tuple[str, ...]:

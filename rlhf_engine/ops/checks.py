@@ -61,6 +61,39 @@ def one_of(op: str, name: str, value: object, allowed: Collection[str]) -> None:
         raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def each_of(op: str, name: str, values: Collection[str], allowed: Collection[str]) -> None:
+    for value in [values] if isinstance(values, str) else values:
+        one_of(op, name, value, allowed)
+    if isinstance(values, str):
+        raise ValueError(f"{op}: {name} must be a sequence of names, such as [{values!r}]")
+
+
+def mask(op: str, targets: Tensor, mask: Tensor | None) -> None:
+    """Shaped like the targets; on their device, or on the CPU."""
+    if mask is not None and mask.device.type == "cpu" and targets.device.type != "cpu":
+        targets = torch.empty(targets.shape, device="meta")
+        mask = mask.to("meta")
+    like(op, {"targets": targets}, mask=mask)
+
+
+def temperature(op: str, temperature: float | Tensor, targets: Tensor, mask: Tensor | None) -> None:
+    """Positive and finite: a number, or a constant for each row, which only a CPU's is read for (else it gives NaN)."""
+    if not isinstance(temperature, Tensor):
+        positive(op, temperature=temperature)
+        return
+    constants(op, {"targets": targets}, temperature=temperature)
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ~((temperature > 0) & (temperature < math.inf))
+        wrong = wrong if mask is None else wrong & mask
+        if wrong.any():
+            raise ValueError(f"{op}: temperature must be greater than 0 and finite, got {float(temperature[wrong][0])}")
+
+
+def integers(op: str, targets: Tensor) -> None:
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: targets must be int32 or int64, got {targets.dtype}")
+
+
 def positive(op: str, **numbers: float | None) -> None:
     for name, x in numbers.items():
         if x is not None and not 0 < x < math.inf:
@@ -76,9 +109,8 @@ def not_negative(op: str, **numbers: float | Tensor | None) -> None:
 
 def targets(op: str, targets: Tensor, mask: Tensor | None, ignore_index: int | None, vocabulary: int) -> None:
     """int32 or int64; on CPU each scored one must be a token id (on CUDA a look would wait; the op gives NaN there)."""
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: targets must be int32 or int64, got {targets.dtype}")
-    if targets.device.type != "cpu":
+    integers(op, targets)
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = (targets < 0) | (targets >= vocabulary)
     wrong = wrong if ignore_index is None else wrong & (targets != ignore_index)

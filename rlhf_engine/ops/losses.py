@@ -6,6 +6,10 @@ Metrics come back as 0-d sums, counts and maxima on the device; `merge_metrics` 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from rlhf_engine import reference
@@ -96,10 +100,50 @@ def ppo_token_loss(
     expected = {"old_logprobs": old_logprobs}
     checks.constants(op, expected, **expected, advantages=advantages, is_weights=is_weights, ref_logprobs=ref_logprobs)
     _check_coefficients(op, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef, kl_kind)
-    return reference.ppo_token_loss(
-        old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, is_weights=is_weights,
-        entropy_coef=entropy_coef, ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_kind=kl_kind,
+    return PPOTokenLoss(
+        old_logprobs, advantages, {"is_weights": is_weights, "ref_logprobs": ref_logprobs},
+        {
+            "clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "entropy_coef": entropy_coef,
+            "kl_coef": kl_coef, "kl_kind": kl_kind,
+        },
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PPOTokenLoss:
+    """A token_loss for linear_policy_loss: what ppo_token_loss returns."""
+
+    old_logprobs: Tensor  # of all rows, as is every other tensor here
+    advantages: Tensor
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    def __call__(
+        self, logprobs: Tensor, entropy: Tensor | None, rows: Tensor
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Per token, differentiable in logprobs and entropy."""
+        formula = reference.ppo_token_loss(self.old_logprobs, self.advantages, **self.constants, **self.options)
+        return formula(logprobs, entropy, rows)
+
+    def reduced(
+        self,
+        logprobs: Tensor,
+        entropy: Tensor,
+        rows: Tensor,
+        active: Tensor | None,
+        weights: Tensor | None,
+        denom: float | Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """sum(weights * loss) / denom of those rows that are active, and metrics: ppo_loss, and so its backends."""
+        mask = torch.ones_like(logprobs, dtype=torch.bool) if active is None else active
+        old_logprobs, advantages = (x.detach().reshape(-1)[rows] for x in (self.old_logprobs, self.advantages))
+        picked = {
+            name: None if x is None else x.detach().reshape(-1)[rows]
+            for name, x in (*self.constants.items(), ("weights", weights))
+        }
+        return select("ppo_loss", None, logprobs.device.type)(
+            logprobs, old_logprobs, advantages, mask, entropy=entropy, denom=denom, **picked, **self.options
+        )
 
 
 def value_loss(

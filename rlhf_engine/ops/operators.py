@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_engine.ops.head_operators import TRITON_SCHEMAS
+
 _GAE = (
     "Tensor rewards, Tensor values, Tensor mask, Tensor? lam, Tensor? value_lam, Tensor? bootstrap, "
     "Tensor? cu_seqlens, float gamma, float lam_all, float value_lam_all, bool two_lambdas, bool decay"
@@ -74,7 +76,8 @@ VALUE_METRICS = (
 def define_triton() -> torch.library.Library:
     """rlhf_triton::*; the kernels are imported, and triton with them, when one is first called."""
     library = torch.library.Library("rlhf_triton", "DEF")
-    for name, (module, schema) in SCHEMAS.items():
+    head = {name: ("head", schema) for name, schema in TRITON_SCHEMAS.items()}
+    for name, (module, schema) in (SCHEMAS | head).items():
         library.define(name + schema)
         for key in ("CUDA", "CPU"):  # on a CPU only Triton's interpreter runs them
             library.impl(name, _kernel(module, name), key)

@@ -1,177 +1,229 @@
-"""The "cpu" backend of linear_logprobs and linear_policy_loss: the head without [rows, V] logits.
+"""The head without [rows, V] logits: log-probs, a policy loss, and the statistics that ranks with a part of the
+vocabulary each merge. One class for CPUs and GPUs, over the operators of a namespace.
 
-linear_logprobs computes its tiles' logits again in the backward: 6NHV with a frozen head, 8NHV otherwise.
-linear_policy_loss knows a token's gradient as soon as it knows its log-prob, so it has the gradient before it leaves
-the forward: 4NHV and 6NHV. Both fold tiles alike, to the last bit.
+linear_logprobs computes its tiles' logits again in the backward: 6NHV with a frozen head, 8NHV otherwise, 6 without a
+gradient of the hidden states. linear_policy_loss knows a token's gradient as soon as it knows its log-prob, so it has
+the gradient before it leaves the forward: 4NHV and 6NHV. Both fold the same tiles, to the last bit.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from rlhf_engine import reference
-from rlhf_engine.ops import tiles
-from rlhf_engine.ops.tiles import ROW_TILE
+from rlhf_engine.ops.head_operators import EXTRAS, SCHEMAS, STATISTICS, TRITON_SCHEMAS
+from rlhf_engine.ops.objective import Objective
+from rlhf_engine.ops.rows import Rows, find, host_knows
+from rlhf_engine.ops.tiles import SHAPES, Gradients, Head, Shape, exact
 from rlhf_engine.reference import TokenLoss
 
+OPS = ("linear_logprobs", "linear_policy_loss", "linear_logprob_stats")
 
-def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    mask: Tensor | None = None,
-    ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:
-    """As reference.linear_logprobs. Softcap, float64 and fp16 are rare on CPU; they take the reference's path."""
-    if _is_rare(hidden, softcap):
-        return reference.linear_logprobs(
-            hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            mask=mask, ignore_index=ignore_index,
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def _narrow(method: Op) -> Op:
+    """float64, and tiles of float16 on a CPU, go to the reference, which has the same signature."""
+    plain = getattr(reference, method.__name__)
+
+    @functools.wraps(method)
+    def run(self: TiledHead, hidden: Tensor, *rest: Any, **options: Any) -> Any:
+        half = hidden.dtype is torch.float16 and hidden.device.type == "cpu" and options["logits_dtype"] == "input"
+        if hidden.dtype is torch.float64 or half:
+            return plain(hidden, *rest, **options)
+        return method(self, hidden, *rest, **options)
+
+    return cast("Op", run)
+
+
+class TiledHead:
+    """linear_logprobs, linear_policy_loss and linear_logprob_stats by the operators of a namespace ("rlhf_engine",
+    "rlhf_triton"); `shape` is for tests, None is the device's."""
+
+    def __init__(self, namespace: str, shape: Shape | None = None) -> None:
+        operators = getattr(torch.ops, namespace)
+        schemas = TRITON_SCHEMAS if namespace == "rlhf_triton" else SCHEMAS
+        self.call = SimpleNamespace(**{name: getattr(operators, name).default for name in schemas})
+        self.shape = shape
+
+    @_narrow
+    def linear_logprobs(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, *, extras: tuple[str, ...], **options: Any
+    ) -> tuple[Any, ...]:
+        head, rows = self._prepare(hidden, weight, targets, extras=bool(extras), **options)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        with exact(hidden.device.type):
+            logprobs, entropy, *more = _Logprobs.apply(flat, weight, options["bias"], targets, head, rows)
+        if not extras:
+            return logprobs, entropy
+        found = dict(zip(EXTRAS, more, strict=True))
+        found["top1"] = found["top1"].long()
+        return logprobs, entropy, {name: found[name] for name in extras}
+
+    @_narrow
+    def linear_logprob_stats(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary_start: int, **options: Any
+    ) -> tuple[Tensor, ...]:
+        head, rows = self._prepare(hidden, weight, targets - vocabulary_start, rows=None, **options)
+        with exact(hidden.device.type), torch.no_grad():
+            statistics = _fold_all(hidden.reshape(-1, hidden.shape[-1]), head, rows)
+        named = dict(zip(STATISTICS, statistics, strict=False))
+        found = named["maximum"], named["log_sum"].exp(), named["mean"], named["target_logit"]
+        return tuple(_in_place(x, rows, targets) for x in found)
+
+    @_narrow
+    def linear_policy_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_loss: TokenLoss,
+        *,
+        weights: Tensor | None,
+        denom: float | Tensor | None,
+        grad_weight_out: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        head, rows = self._prepare(hidden, weight, targets, **options)
+        objective = Objective(token_loss, rows, weights, denom)
+        bias = options["bias"]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        with exact(hidden.device.type):
+            # Inside a Function grad mode is off and needs_input_grad is set regardless, so this is asked out here.
+            wanted = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+            if torch.is_grad_enabled() and (wanted or grad_weight_out is not None):
+                return _PolicyLoss.apply(flat, weight, bias, head, rows, objective, grad_weight_out), objective.metrics
+            with torch.no_grad():
+                logprobs, entropy = _fold_all(flat, head, rows)[:2]
+            return objective(logprobs, entropy, slice(0, len(rows)))
+
+    def _prepare(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        *,
+        bias: Tensor | None,
+        temperature: float | Tensor,
+        softcap: float | None,
+        logit_scale: float,
+        mask: Tensor | None,
+        ignore_index: int,
+        rows: Tensor | None,
+        logits_dtype: str,
+        count: str,
+        memory_budget: int | None,
+        extras: bool = False,
+    ) -> tuple[Head, Rows]:
+        found = find(targets, mask, ignore_index, rows, count == "sync")
+        shape = self.shape or SHAPES[hidden.device.type]
+        each = temperature if isinstance(temperature, Tensor) else None
+        head = Head(
+            self.call, weight.detach(), None if bias is None else bias.detach().float(),
+            1.0 if isinstance(temperature, Tensor) else temperature, found.pick(each), logit_scale, softcap or 0.0,
+            torch.float32 if logits_dtype == "float32" else hidden.dtype,
+            shape if memory_budget is None else replace(shape, budget=memory_budget), extras,
         )  # fmt: skip
-    rows = reference.active_rows(targets, mask, ignore_index)
-    with torch.autocast("cpu", enabled=False):
-        logprobs, entropy = _Logprobs.apply(
-            hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias, targets.reshape(-1)[rows].long(),
-            logit_scale / temperature,
-        )  # fmt: skip
-    zeros = logprobs.new_zeros(targets.numel())
-    return (
-        zeros.index_copy(0, rows, logprobs).view(targets.shape),
-        zeros.index_copy(0, rows, entropy).view(targets.shape),
-    )
+        return head, found
 
 
-def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_loss: TokenLoss,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    mask: Tensor | None = None,
-    ignore_index: int = -100,
-    rows: Tensor | None = None,
-    weights: Tensor | None = None,
-    denom: float | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """As reference.linear_policy_loss, with the gradient made in the forward; without one to make, 2NHV."""
-    if rows is None:
-        rows = reference.active_rows(targets, mask, ignore_index)
-    if _is_rare(hidden, softcap):
-        return reference.linear_policy_loss(
-            hidden, weight, targets, token_loss, bias=bias, temperature=temperature, softcap=softcap,
-            logit_scale=logit_scale, rows=rows, weights=weights, denom=denom,
-        )  # fmt: skip
-    objective = _Objective(token_loss, rows, weights, denom)
-    inputs = (
-        hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias, targets.reshape(-1)[rows].long(),
-        logit_scale / temperature,
-    )  # fmt: skip
-    with torch.autocast("cpu", enabled=False):
-        # Inside a Function grad mode is off and needs_input_grad is set regardless, so this is asked out here.
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3]):
-            return _PolicyLoss.apply(*inputs, objective), objective.metrics
-        logprobs, entropy = _Logprobs.apply(*inputs)
-        return objective(logprobs, entropy, slice(0, len(rows)))
+def _fold_all(hidden: Tensor, head: Head, rows: Rows) -> Tensor:
+    """Statistics (6 or 8, n)."""
+    found = hidden.new_empty(8 if head.extras else 6, len(rows), dtype=torch.float32)
+    for block in head.blocks(hidden, rows, keep=False):
+        found[:, block.part] = block.fold(keep=False)[:, block.kept]
+    return found
 
 
-def _is_rare(hidden: Tensor, softcap: float | None) -> bool:
-    return softcap is not None or hidden.dtype not in (torch.float32, torch.bfloat16)
-
-
-class _Objective:
-    """The loss of some of the rows as a function of their log-probs and entropies; the whole's metrics."""
-
-    def __init__(
-        self, token_loss: TokenLoss, rows: Tensor, weights: Tensor | None, denom: float | Tensor | None
-    ) -> None:
-        self.token_loss, self.rows, self.weights = token_loss, rows, weights
-        self.denom = len(rows) if denom is None else denom
-        self.metrics: dict[str, Tensor] = {}
-
-    def __call__(self, logprobs: Tensor, entropy: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.rows[part]
-        return reference.reduce_loss(self.token_loss(logprobs, entropy, rows), rows, self.weights, self.denom)
-
-    def gradients(self, logprobs: Tensor, entropy: Tensor, part: slice) -> tuple[Tensor, Tensor | None]:
-        """Of the loss, in (n,) log-probs and entropies; None where it is 0 in all entropies."""
-        leaves = [x.detach().requires_grad_() for x in (logprobs, entropy)]
-        with torch.enable_grad():
-            loss, _ = self(leaves[0], leaves[1], part)
-        g_l, g_e = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else (None, None)
-        return torch.zeros_like(logprobs) if g_l is None else g_l, g_e if g_e is not None and g_e.any() else None
+def _in_place(x: Tensor, rows: Rows, like: Tensor) -> Tensor:
+    """(n,) -> the shape of `like`, 0 elsewhere."""
+    return x.new_zeros(like.numel()).index_copy_(0, rows.index, x).view(like.shape)
 
 
 class _Logprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        buffers = tiles.buffers_for(weight, keep=False)
-        statistics = torch.empty(4, hidden.shape[0])
-        for rows, kept, tile, wanted in tiles.tiles(hidden, targets):
-            fold = tiles.fold_tile(tile, wanted, weight, bias, scale, buffers)
-            statistics[:, rows] = torch.stack(fold.statistics())[:, kept]
-        ctx.save_for_backward(hidden, weight, bias, targets, statistics)
-        ctx.scale = scale
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, rows: Rows
+    ) -> tuple[Tensor, ...]:
+        statistics = _fold_all(hidden, head, rows)
+        ctx.save_for_backward(hidden, weight, bias, statistics)
+        # The weight alone as autograd keeps it: who shards it takes it away meanwhile, and brings it back.
+        ctx.head, ctx.rows = replace(head, weight=weight.new_empty(0)), rows
         ctx.set_materialize_grads(False)
-        fold = tiles.Fold(*statistics)
-        return fold.logprobs, fold.entropy
+        logprobs, entropy, *more = (_in_place(x, rows, targets) for x in (*statistics[:2], *statistics[6:]))
+        ctx.mark_non_differentiable(*more)
+        return logprobs, entropy, *more
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, statistics = ctx.saved_tensors
-        sums = tiles.Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        buffers = tiles.buffers_for(weight, keep=False)
-        for rows, kept, tile, wanted in tiles.tiles(hidden, targets):
-            fold = tiles.Fold(*tiles.pad(statistics[:, rows], kept))
-            g_l = tile.new_zeros(ROW_TILE) if grad_logprobs is None else tiles.pad(grad_logprobs[rows], kept)
-            g_e = None if grad_entropy is None else tiles.pad(grad_entropy[rows], kept)
-            grad_tile = torch.zeros_like(tile)
-            for segment in tiles.segments(weight, bias, buffers):
-                z = segment.fill(tile, ctx.scale)
-                grad = tiles.grad_logits(z, segment, fold, wanted, g_l, g_e).mul_(ctx.scale)
-                sums.add(segment, grad, tile, kept, grad_tile)
-            sums.set_hidden(rows, grad_tile[kept])
-        return *sums.cast(), None, None
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, statistics = ctx.saved_tensors
+        head, rows = replace(ctx.head, weight=weight), ctx.rows
+        g_l, g_e = rows.pick(grad_logprobs), rows.pick(grad_entropy)
+        if host_knows(hidden):  # rows without an upstream gradient cost nothing
+            wanted = sum((g != 0 for g in (g_l, g_e) if g is not None), torch.zeros(len(rows), dtype=torch.bool))
+            kept = wanted.nonzero().squeeze(1)
+            g_l, g_e = (None if g is None else g[kept] for g in (g_l, g_e))
+            head, rows, statistics = head.only(kept), rows.only(kept), statistics[:, kept]
+        sums = Gradients(hidden, rows, head, ctx.needs_input_grad)
+        with exact(hidden.device.type):
+            for block in head.blocks(hidden, rows, keep=False):
+                part = block.part
+                upstream = (None if g is None else g[part] for g in (g_l, g_e))
+                block.backward(block.padded(statistics[:, part]), *upstream, sums)
+        return *sums.finish(bias), None, None, None
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float,
-        objective: _Objective,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, rows: Rows, objective: Objective,
+        grad_weight_out: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        sums = tiles.Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        buffers = tiles.buffers_for(weight, keep=True)
-        logprobs, entropy = torch.empty(2, hidden.shape[0])
-        for rows, kept, tile, wanted in tiles.tiles(hidden, targets):
-            fold = tiles.fold_tile(tile, wanted, weight, bias, scale, buffers)
-            logprobs[rows], entropy[rows] = fold.logprobs[kept], fold.entropy[kept]
-            g_l, g_e = objective.gradients(logprobs[rows], entropy[rows], rows)
-            g_l, g_e = tiles.pad(g_l, kept), None if g_e is None else tiles.pad(g_e, kept)
-            grad_tile = torch.zeros_like(tile)
-            for segment in tiles.segments(weight, bias, buffers):
-                grad = tiles.grad_logits(segment.logits, segment, fold, wanted, g_l, g_e).mul_(scale)
-                sums.add(segment, grad, tile, kept, grad_tile)
-            sums.set_hidden(rows, grad_tile[kept])
-        loss, objective.metrics = objective(logprobs, entropy, slice(0, hidden.shape[0]))
-        ctx.save_for_backward(*sums.cast())
+        sums = Gradients(hidden, rows, head, ctx.needs_input_grad, grad_weight_out)
+        found = hidden.new_empty(2, len(rows), dtype=torch.float32)
+        for block in head.blocks(hidden, rows, keep=True):
+            statistics = block.fold(keep=True)
+            found[:, block.part] = statistics[:2, block.kept]
+            g_l, g_e = objective.gradients(found[0, block.part], found[1, block.part], block.part)
+            block.backward(statistics, g_l, g_e, sums)
+        loss, objective.metrics = objective(found[0], found[1], slice(0, len(rows)))
+        ctx.gradients, ctx.scale = sums.finish(bias), head.scale
+        ctx.grad_weight_out = grad_weight_out
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors), None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_policy_loss: its gradient is made in the forward and handed over once; it does not know "
+                "retain_graph and a second backward: call it again, or take linear_logprobs and ppo_loss"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                ctx.scale(gradient, upstream)
+        if ctx.grad_weight_out is not None:
+            _insist_on_one(ctx, upstream)
+        return *gradients, *[None] * 4
+
+
+def _insist_on_one(ctx: Any, upstream: Tensor) -> None:
+    """What was added in the forward cannot be scaled any more. Never a plausible number: on a GPU it becomes NaN."""
+    if upstream.device.type != "cpu":
+        ctx.scale(ctx.grad_weight_out, torch.where(upstream == 1, 1.0, torch.nan))
+    elif upstream != 1:
+        raise ValueError(
+            f"linear_policy_loss: grad_weight_out holds the gradient of the loss itself, and backward came with "
+            f"{float(upstream):g}; call loss.backward() on it alone, and scale by denom or weights"
+        )

@@ -1,167 +1,269 @@
-"""Tiles of the head on CPUs: logits exist for ROW_TILE rows at a time, folded in segments that stay in the cache.
+"""Tiles of the head: logits exist for some rows and some tokens at a time, folded as soon as they do.
 
-    z = scale (x W^T + b);  per segment s: m_s = max z, n_s = sum exp(z - m_s), e_s = sum exp(z - m_s) (z - m_s)
-    m = max m_s,  n = sum n_s exp(m_s - m),  mu = sum exp(m_s - m) (e_s + n_s (m_s - m)) / n
-    logprob = z_y - m - log n,   entropy = log n - mu
-    dz_v = g_l (1[v = y] - p_v) + g_e p_v (mu - (z_v - m)),   dx = scale dz W,   dW += scale dz^T x
-
-A GEMM chooses its summation order by its shape, so a tile's shape never depends on how many rows share the call: a
-row's bits depend on that row alone. Products are float32 whatever the input: without bfloat16 instructions those in
-bfloat16 are slower, and they would round the logits.
+A matrix product chooses its summation order by its shape. So a product's shape is fixed by the device alone, tails are
+filled up with zero rows, and a row's bits depend on that row alone; how many products' logits live at once changes no
+bit. On CPUs products are float32 whatever the input: without bfloat16 instructions those in bfloat16 are slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# On two AVX2 cores at width 576: 123 GFLOP/s at 128 x 2048, against 75 at 64 x 49,152 and 142 at 256 x 2048. A taller
-# tile wastes more on the rows that fill it up.
-ROW_TILE = 128
-SEGMENT = 2048
+from rlhf_engine.ops.rows import DEAD, Rows
 
 
-def tiles(hidden: Tensor, targets: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Full tiles, the tail filled with zeros: (rows, the same counted in the tile, (ROW_TILE, H), (ROW_TILE,))."""
-    for start in range(0, hidden.shape[0], ROW_TILE):
-        rows = slice(start, min(start + ROW_TILE, hidden.shape[0]))
-        kept = slice(0, rows.stop - start)
-        tail = ROW_TILE - kept.stop
-        yield rows, kept, F.pad(hidden[rows].float(), (0, 0, 0, tail)), F.pad(targets[rows], (0, tail))
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a product: `rows` x `tokens`. `together`: products whose rows are worked off at once, if `budget` allows."""
+
+    rows: int
+    tokens: int  # a multiple of the operators' segment
+    together: int
+    budget: int  # bytes of logits
+
+
+# On two AVX2 cores at width 576 a policy loss takes 10% longer with 128 rows; a taller product is hardly faster, and
+# wastes more on the rows that fill it up. On GPUs 1024 x 32,768 is 1024 blocks of a usual product, some eight waves.
+SHAPES = {"cpu": Shape(192, 2048, 3, 128 << 20), "cuda": Shape(1024, 32_768, 8, 1280 << 20)}
 
 
 @dataclass(slots=True)
-class Segment:
-    """Some tokens of the vocabulary: their weights in float32, and room for a tile's logits."""
+class Head:
+    """What turns hidden states into log-probs, and how: the arguments of an op, made ready."""
 
-    start: int
+    call: Any  # the operators of a namespace
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,) float32
+    temperature: float
+    temperatures: Tensor | None  # (n,) float32, one a row
+    logit_scale: float
+    softcap: float  # 0: none
+    logits_dtype: torch.dtype
+    shape: Shape
+    extras: bool = False
+
+    def only(self, kept: Tensor) -> Head:
+        """Of the rows numbered `kept` (m,)."""
+        return replace(self, temperatures=None if self.temperatures is None else self.temperatures[kept])
+
+    def scale(self, x: Tensor, factor: Tensor) -> None:
+        """x *= factor (0-d), without a pass over x if that is 1, and without waiting for a GPU."""
+        if x.device.type != "cpu":
+            self.call.head_scale(x, factor.float())
+        elif factor != 1:
+            x.mul_(factor)
+
+    @property
+    def factors_dtype(self) -> torch.dtype:
+        """Of what is multiplied."""
+        if self.weight.device.type == "cpu" and self.logits_dtype is torch.float32:
+            return torch.float32
+        return self.weight.dtype
+
+    def together(self, keep: bool) -> int:
+        """How many products' rows make a block; with `keep` the logits of all its tokens live at once."""
+        tokens = self.weight.shape[0] if keep else self.shape.tokens
+        most = self.shape.budget // (self.shape.rows * tokens * self.logits_dtype.itemsize)
+        return max(1, min(most, self.shape.together))
+
+    def segments(self) -> Iterator[Segment]:
+        for start in range(0, self.weight.shape[0], self.shape.tokens):
+            tokens = slice(start, min(start + self.shape.tokens, self.weight.shape[0]))
+            yield Segment(
+                tokens, self.weight[tokens].to(self.factors_dtype), None if self.bias is None else self.bias[tokens]
+            )
+
+    def blocks(self, hidden: Tensor, rows: Rows, keep: bool) -> Iterator[Block]:
+        """Full products' worth of rows (N, H) each, gathered."""
+        step = self.together(keep) * self.shape.rows
+        for start in range(0, len(rows), step):
+            part = slice(start, min(start + step, len(rows)))
+            tail = -(part.stop - part.start) % self.shape.rows
+            h = hidden.index_select(0, rows.index[part]).to(self.factors_dtype)
+            if rows.active is not None:  # 0 * NaN would reach dW
+                h = torch.where(rows.active[part, None], h, 0)
+            targets = F.pad(rows.targets[part], (0, tail), value=DEAD)
+            temperatures = None if self.temperatures is None else F.pad(self.temperatures[part], (0, tail), value=1.0)
+            block = Block(self, part, F.pad(h, (0, 0, 0, tail)), targets, temperatures)
+            if self.logits_dtype is not torch.float32:
+                block.target_logits = self._target_logits(block)
+            yield block
+
+    def _target_logits(self, block: Block) -> Tensor:
+        """In float32, to stand for the rounded ones: else a likely token's log-prob may come out positive."""
+        if block.hidden.device.type == "cuda":
+            return self.call.target_logits(block.hidden, self.weight, block.targets, DEAD)
+        known = (block.targets >= 0) & (block.targets < self.weight.shape[0])
+        rows = self.weight[torch.where(known, block.targets, 0)]
+        return (block.hidden.float() * rows.float()).sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Some tokens of the vocabulary."""
+
+    tokens: slice
     weight: Tensor  # (n, H)
     bias: Tensor | None  # (n,)
-    logits: Tensor  # (ROW_TILE, n)
-
-    @property
-    def tokens(self) -> slice:
-        return slice(self.start, self.start + self.weight.shape[0])
-
-    def fill(self, tile: Tensor, scale: float) -> Tensor:
-        torch.mm(tile, self.weight.t(), out=self.logits)
-        if self.bias is not None:
-            self.logits.add_(self.bias)
-        return self.logits.mul_(scale) if scale != 1.0 else self.logits
-
-    def find(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(ROW_TILE,) which targets are in here, and (ROW_TILE,) where."""
-        index = targets - self.start
-        inside = (index >= 0) & (index < self.weight.shape[0])
-        return inside, torch.where(inside, index, 0)
-
-
-def segments(weight: Tensor, bias: Tensor | None, buffers: Tensor) -> Iterator[Segment]:
-    """`buffers` (1 or all segments, ROW_TILE, SEGMENT): the logits of all exist at a time, or those of one."""
-    for i, start in enumerate(range(0, weight.shape[0], SEGMENT)):
-        w = weight[start : start + SEGMENT].float()
-        b = None if bias is None else bias[start : start + SEGMENT].float()
-        yield Segment(start, w, b, buffers[min(i, len(buffers) - 1), :, : w.shape[0]])
-
-
-def buffers_for(weight: Tensor, *, keep: bool) -> Tensor:
-    return torch.empty(-(-weight.shape[0] // SEGMENT) if keep else 1, ROW_TILE, SEGMENT)
 
 
 @dataclass(slots=True)
-class Fold:
-    """What rows are besides their logits; (n,) each."""
+class Block:
+    """Some rows, filled up to whole products, and their logits of one segment, or of all."""
 
-    target: Tensor  # z_y
-    maximum: Tensor  # m
-    log_sum: Tensor  # log n
-    mean: Tensor  # mu
+    head: Head
+    part: slice  # of the op's rows
+    hidden: Tensor  # (R, H)
+    targets: Tensor  # (R,)
+    temperatures: Tensor | None  # (R,)
+    target_logits: Tensor | None = None  # (R,)
+    logits: dict[int, Tensor] = field(default_factory=dict)  # by the first token
 
     @property
-    def logprobs(self) -> Tensor:
-        return (self.target - self.maximum - self.log_sum).clamp(max=0)
+    def kept(self) -> slice:
+        return slice(0, self.part.stop - self.part.start)
 
-    @property
-    def entropy(self) -> Tensor:
-        return self.log_sum - self.mean
+    def padded(self, x: Tensor) -> Tensor:
+        """(..., n) of the block's rows -> (..., R), zeros behind."""
+        return F.pad(x, (0, self.hidden.shape[0] - self.kept.stop))
 
-    def statistics(self) -> list[Tensor]:
-        return [self.target, self.maximum, self.log_sum, self.mean]
+    def products(self) -> Iterator[slice]:
+        rows = self.head.shape.rows
+        return (slice(i, i + rows) for i in range(0, self.hidden.shape[0], rows))
 
+    def fill(self, segment: Segment, out: Tensor | None = None) -> Tensor:
+        """(R, n) raw logits of a segment, into `out` (R, n or more) if given."""
+        n = segment.weight.shape[0]
+        if out is None:
+            out = self.hidden.new_empty(self.hidden.shape[0], n, dtype=self.head.logits_dtype)
+        for rows in self.products():
+            product(self.hidden[rows], segment.weight.t(), out[rows, :n])
+        return out[:, :n]
 
-def fold_tile(
-    tile: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, scale: float, buffers: Tensor
-) -> Fold:
-    """Fills `buffers` with the tile's logits, segment by segment, and folds them on the way."""
-    distances, powers = torch.empty(2, ROW_TILE, SEGMENT)
-    target = tile.new_zeros(ROW_TILE)
-    parts = []
-    for segment in segments(weight, bias, buffers):
-        z = segment.fill(tile, scale)
-        maximum = z.amax(1)
-        finite = torch.where(maximum == -torch.inf, 0.0, maximum)  # nothing but banned tokens: all powers are 0
-        d = torch.sub(z, finite[:, None], out=distances[:, : z.shape[1]])
-        p = torch.exp(d, out=powers[:, : z.shape[1]])
-        moment = torch.linalg.vecdot(p, d)
-        if torch.isnan(moment).any():  # a banned token: 0 * -inf counts as 0
-            moment = torch.linalg.vecdot(p, d.masked_fill_(d == -torch.inf, 0.0))
-        parts.append(torch.stack([maximum, p.sum(1), moment]))
-        inside, index = segment.find(targets)
-        target = torch.where(inside, z.gather(1, index[:, None])[:, 0], target)
-    maxima, sums, moments = torch.stack(parts, 2).unbind(0)  # (ROW_TILE, segments) each
-    maximum = maxima.amax(1)
-    shift = (maxima - maximum[:, None]).clamp(min=torch.finfo(torch.float32).min)  # -inf times a sum of 0 is 0
-    factor = shift.exp()
-    total = (sums * factor).sum(1)
-    mean = (factor * (moments + sums * shift)).sum(1) / total
-    return Fold(target, maximum, total.log(), mean)
+    def transform(self, segment: Segment) -> tuple[Any, ...]:
+        """The operators' arguments that say what the model does to raw logits."""
+        head = self.head
+        return (
+            segment.bias, self.temperatures, self.target_logits, head.logit_scale, head.softcap,
+            1 / head.temperature, segment.tokens.start, DEAD,
+        )  # fmt: skip
 
+    def fold(self, keep: bool) -> Tensor:
+        """Statistics (6 or 8, R)."""
+        parts, buffer = [], None
+        for segment in self.head.segments():
+            z = self.fill(segment, buffer)
+            if keep:
+                self.logits[segment.tokens.start] = z
+            elif buffer is None:
+                buffer = z
+            parts.append(self.head.call.head_fold(z, self.targets, *self.transform(segment), self.head.extras))
+        vocabulary = self.head.weight.shape[0]
+        return self.head.call.head_combine(torch.cat(parts), self.targets, 0, vocabulary, DEAD)
 
-def grad_logits(z: Tensor, segment: Segment, fold: Fold, targets: Tensor, g_l: Tensor, g_e: Tensor | None) -> Tensor:
-    """dz (ROW_TILE, n) in place of z."""
-    d = z.sub_(fold.maximum[:, None])
-    p = (d - fold.log_sum[:, None]).exp_()
-    if g_e is None:
-        grad = p.mul_(-g_l[:, None])
-    else:
-        factor = d.masked_fill_(d == -torch.inf, 0.0).neg_().add_(fold.mean[:, None]).mul_(g_e[:, None])
-        grad = p.mul_(factor.sub_(g_l[:, None]))
-    inside, index = segment.find(targets)
-    return grad.scatter_add_(1, index[:, None], torch.where(inside, g_l, 0.0)[:, None])
+    def backward(self, statistics: Tensor, g_l: Tensor | None, g_e: Tensor | None, sums: Gradients) -> None:
+        """Adds up what upstream gradients (n,) give, from the logits kept or computed once more."""
+        head = self.head
+        g_l, g_e = (None if g is None else self.padded(g) for g in (g_l, g_e))
+        grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=torch.float32) if sums.hidden is not None else None
+        buffer = None
+        for segment in head.segments():
+            z = self.logits.pop(segment.tokens.start, None)
+            if z is None:
+                z = buffer = self.fill(segment, buffer)
+            in_place = z.dtype is head.factors_dtype
+            dz = z if in_place else torch.empty_like(z, dtype=head.factors_dtype)
+            head.call.head_gradient(z, self.targets, statistics, g_l, g_e, *self.transform(segment), dz)
+            if grad_hidden is not None:
+                for rows in self.products():
+                    accumulate(grad_hidden[rows], dz[rows], segment.weight)
+            sums.add(segment, dz[self.kept], self.hidden[self.kept])
+        sums.started = True
+        if grad_hidden is not None:
+            sums.set_hidden(self.part, grad_hidden[self.kept])
 
 
 class Gradients:
-    """Sums up the gradients in hidden, weight and bias, in float32, as far as they are needed."""
+    """Sums of the gradients in hidden, weight and bias, in float32, as far as they are needed."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]) -> None:
-        self.dtypes = [x.dtype if x is not None else None for x in (hidden, weight, bias)]
-        self.hidden = torch.empty(hidden.shape) if needs[0] else None
-        self.weight = torch.zeros(weight.shape) if needs[1] else None
-        self.bias = torch.zeros(weight.shape[0]) if needs[2] else None
+    def __init__(
+        self, hidden: Tensor, rows: Rows, head: Head, needs: tuple[bool, ...], weight_out: Tensor | None = None
+    ) -> None:
+        weight = head.weight
+        self.rows = rows
+        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.weight, self.given = weight_out, weight_out is not None
+        if needs[1] and weight_out is None:
+            self.weight = weight.new_empty(weight.shape, dtype=torch.float32)
+        self.bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if needs[2] else None
+        self.started = self.given
+        self.dtype = weight.dtype
 
-    def add(self, segment: Segment, grad: Tensor, tile: Tensor, kept: slice, grad_tile: Tensor) -> None:
-        """Adds what dz (ROW_TILE, n) of one segment gives; rows beyond `kept` may be NaN, and reach nothing."""
-        if self.hidden is not None:
-            torch.addmm(grad_tile, grad, segment.weight, out=grad_tile)  # torch's FLOP counter misses addmm_
+    def add(self, segment: Segment, dz: Tensor, hidden: Tensor) -> None:
+        """dz (n, tokens) of hidden (n, H)."""
         if self.weight is not None:
             into = self.weight[segment.tokens]
-            torch.addmm(into, grad[kept].t(), tile[kept], out=into)
+            if self.started:
+                accumulate(into, dz.t(), hidden)
+            else:
+                product(dz.t(), hidden, into)  # the first one fills it: no pass to clear it
         if self.bias is not None:
-            self.bias[segment.tokens] += grad[kept].sum(0)
+            # A CPU adds rows one after the other, a GPU in a tree.
+            self.bias[segment.tokens] += dz.sum(0, dtype=torch.float64 if dz.device.type == "cpu" else torch.float32)
 
-    def set_hidden(self, rows: slice, grad: Tensor) -> None:
-        if self.hidden is not None:
-            self.hidden[rows] = grad
+    def set_hidden(self, part: slice, grad: Tensor) -> None:
+        """Adds, so that a row named twice has both gradients."""
+        assert self.hidden is not None
+        self.hidden.index_add_(0, self.rows.index[part], grad.to(self.hidden.dtype))
 
-    def cast(self) -> list[Tensor | None]:
-        sums = (self.hidden, self.weight, self.bias)
-        return [None if x is None else x.to(dtype) for x, dtype in zip(sums, self.dtypes, strict=True)]
+    def finish(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the dtypes of what they are gradients of; None for weights whose gradient went to a place of its own."""
+        if self.weight is not None and not self.started:
+            self.weight.zero_()
+        weight = None if self.weight is None or self.given else self.weight.to(self.dtype)
+        return self.hidden, weight, None if self.bias is None or bias is None else self.bias.to(bias.dtype)
 
 
-def pad(values: Tensor, kept: slice) -> Tensor:
-    """(..., n) -> (..., ROW_TILE), zeros behind: rows that fill up a tile have no gradient."""
-    return F.pad(values, (0, ROW_TILE - kept.stop))
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b."""
+    if a.dtype is out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.device.type == "cpu":  # which has no product with a wider result
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    else:
+        torch.mm(a, b, out.dtype, out=out)
+
+
+def accumulate(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a @ b. Not by addmm_, which torch's FLOP counter misses."""
+    if a.dtype is into.dtype:
+        torch.addmm(into, a, b, out=into)
+    elif a.device.type == "cpu":
+        torch.addmm(into, a.to(into.dtype), b.to(into.dtype), out=into)
+    else:
+        torch.addmm(into, a, b, into.dtype, out=into)
+
+
+@contextmanager
+def exact(device_type: str) -> Iterator[None]:
+    """Without the caller's autocast, and without partial sums that cuBLAS rounds to 16 bits: both would change bits."""
+    matmul = torch.backends.cuda.matmul
+    flags = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
+    before = [getattr(matmul, flag) for flag in flags]
+    try:
+        if device_type == "cuda":
+            for flag in flags:
+                setattr(matmul, flag, False)
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if device_type == "cuda":
+            for flag, value in zip(flags, before, strict=True):
+                setattr(matmul, flag, value)
