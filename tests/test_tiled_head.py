@@ -228,6 +228,8 @@ def test_caps_scales_and_narrow_logits(dtype: torch.dtype, softcap: float | None
         assert error(ours[name], truth[name]) <= 1.5 * error(theirs[name], truth[name]) + slack, name
         assert ours[name].dtype == theirs[name].dtype, name
     assert (ours["logprobs"] <= 0).all()
+    if logits_dtype == "input":  # the same rounding, but for products that end next to a tie; the target has none
+        torch.testing.assert_close(ours["logprobs"], theirs["logprobs"], rtol=0, atol=2e-3)
 
 
 def test_it_is_the_default_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,17 @@ from native_build import ROOT, Change, compile_all, link, sources
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to plant bugs with")
 
-UNITS = ("bindings.cpp", "gae_cpu.cpp", "losses_cpu.cpp", "whiten_cpu.cpp")
+UNITS = ("bindings.cpp", "gae_cpu.cpp", "losses_cpu.cpp", "whiten_cpu.cpp", "bindings_head.cpp", "head_cpu.cpp")
 # Where a header's changed lines are compiled. Others include it too, but for its structs.
 USED_BY = {
-    "active.h": UNITS[2:], "exponential.h": UNITS[1:], "gae.h": UNITS[1:2], "kl.h": UNITS[1:], "losses.h": UNITS[2:3],
-    "moments.h": (*UNITS[:2], UNITS[3]), "operators.h": UNITS[:1],
+    "active.h": UNITS[2:4], "exponential.h": (*UNITS[1:4], UNITS[5]), "gae.h": UNITS[1:2], "kl.h": UNITS[1:4],
+    "losses.h": UNITS[2:3], "moments.h": (*UNITS[:2], UNITS[3]), "operators.h": UNITS[:1],
 }  # fmt: skip
-SUITE = ROOT / "tests/test_compiled.py"
+SUITES = {
+    name: path
+    for path in (ROOT / f"tests/test_{suite}.py" for suite in ("compiled", "head_operators", "tiled_head"))
+    for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+}
 JUDGE = """
 import pathlib, pytest, sys
 from rlhf_engine import native
@@ -64,7 +68,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def red(judges: Forks, library: Path, tests: frozenset[str]) -> frozenset[str]:
     """Which of these tests fail with that library; all of them where it crashes or hangs."""
-    done = judges.run(JUDGE, str(library), *(f"{SUITE}::{name}" for name in sorted(tests)))
+    done = judges.run(JUDGE, str(library), *(f"{SUITES[name]}::{name}" for name in sorted(tests)))
     if done.returncode:
         assert done.returncode < 0, done.stderr
         return tests
