@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 
 from rlhf_engine import data, fetch, tiny
@@ -34,6 +35,16 @@ def test_example_of_the_ops_runs(capsys: pytest.CaptureFixture[str]) -> None:
     given = {"rewards": rewards, "values": values, "old_logprobs": logprobs - 1, "logprobs": logprobs.requires_grad_()}
     exec(compile(code, "README.md", "exec"), given | {"response_mask": torch.rand(4, 8) < 0.8})
     assert logprobs.grad is not None and float(capsys.readouterr().out) > 0
+
+
+def test_example_of_the_head_runs() -> None:
+    code = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[2]
+    model = tiny_models.tiny_lm()
+    tokens = torch.randint(model.config.vocab_size, (3, 9))
+    given = {"model": model, "tokens": tokens, "response_mask": torch.rand(3, 8) < 0.8}
+    given |= {"old_logprobs": torch.full((3, 8), -4.0), "advantages": torch.randn(3, 8)}
+    exec(compile(code, "README.md", "exec"), given)
+    assert model.lm_head.weight.grad.any()
 
 
 def test_every_file_in_the_map_exists() -> None:

@@ -197,8 +197,7 @@ class _PolicyLoss(torch.autograd.Function):
             g_l, g_e = objective.gradients(found[0, block.part], found[1, block.part], block.part)
             block.backward(statistics, g_l, g_e, sums)
         loss, objective.metrics = objective(found[0], found[1], slice(0, len(rows)))
-        ctx.gradients, ctx.scale = sums.finish(bias), head.scale
-        ctx.grad_weight_out = grad_weight_out
+        ctx.gradients, ctx.head, ctx.grad_weight_out = sums.finish(bias), head, grad_weight_out
         return loss
 
     @staticmethod
@@ -212,16 +211,16 @@ class _PolicyLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
-                ctx.scale(gradient, upstream)
+                ctx.head.scale(gradient, upstream)
         if ctx.grad_weight_out is not None:
-            _insist_on_one(ctx, upstream)
+            _insist_on_one(ctx.head, ctx.grad_weight_out, upstream)
         return *gradients, *[None] * 4
 
 
-def _insist_on_one(ctx: Any, upstream: Tensor) -> None:
+def _insist_on_one(head: Head, sum_of_gradients: Tensor, upstream: Tensor) -> None:
     """What was added in the forward cannot be scaled any more. Never a plausible number: on a GPU it becomes NaN."""
-    if upstream.device.type != "cpu":
-        ctx.scale(ctx.grad_weight_out, torch.where(upstream == 1, 1.0, torch.nan))
+    if head.on_gpu:
+        head.scale(sum_of_gradients, torch.where(upstream == 1, 1.0, torch.nan))
     elif upstream != 1:
         raise ValueError(
             f"linear_policy_loss: grad_weight_out holds the gradient of the loss itself, and backward came with "

@@ -49,13 +49,18 @@ class Head:
     shape: Shape
     extras: bool = False
 
+    @property
+    def on_gpu(self) -> bool:
+        """Or in Triton's interpreter."""
+        return hasattr(self.call, "head_scale")
+
     def only(self, kept: Tensor) -> Head:
         """Of the rows numbered `kept` (m,)."""
         return replace(self, temperatures=None if self.temperatures is None else self.temperatures[kept])
 
     def scale(self, x: Tensor, factor: Tensor) -> None:
         """x *= factor (0-d), without a pass over x if that is 1, and without waiting for a GPU."""
-        if x.device.type != "cpu":
+        if self.on_gpu:
             self.call.head_scale(x, factor.float())
         elif factor != 1:
             x.mul_(factor)
@@ -98,7 +103,7 @@ class Head:
 
     def _target_logits(self, block: Block) -> Tensor:
         """In float32, to stand for the rounded ones: else a likely token's log-prob may come out positive."""
-        if block.hidden.device.type == "cuda":
+        if self.on_gpu:
             return self.call.target_logits(block.hidden, self.weight, block.targets, DEAD)
         known = (block.targets >= 0) & (block.targets < self.weight.shape[0])
         rows = self.weight[torch.where(known, block.targets, 0)]
