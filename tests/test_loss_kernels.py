@@ -191,7 +191,7 @@ def case_ops() -> None:
         advantages = op["gae"](a, b, mask, value_lam=each[2], **recursion)
         return [x.detach() for x in (*plain_numbers, white, *advantages, *shaped.tensors())]
 
-    assert len(chosen) == 6
+    assert chosen.keys() > {"kl_estimate", "gae", "whiten", "kl_gae", "ppo_loss", "value_loss"}
     for ours, theirs in zip(run(chosen, torch.float32), run(plain, torch.float32), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
