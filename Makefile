@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WITH_LOCK := $(if $(LOCK),-c $(LOCK))
 NATIVE := setup.py $(wildcard csrc/*)
 
-.PHONY: setup demo test check upstream mutants mutate ci-long aot-versions lock clean
+.PHONY: setup demo test check upstream peers mutants mutate ci-long aot-versions lock clean
 
 setup: $(VENV)/.installed
 
@@ -40,14 +40,17 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	@$(BIN)/python -m rlhf_engine.native
 	@touch $@
 
-# Other trainers in a folder of their own: what they pin contradicts this package and each other. Only these tests see it.
-.upstream/.installed: constraints/upstream.txt $(VENV)/.torch
-	rm -rf .upstream
-	$(PIP) install --no-deps --target .upstream -r $<
+# Other packages in folders of their own: what they pin contradicts this package and each other. Only these tests see it.
+.upstream/.installed .peers/.installed: .%/.installed: constraints/%.txt $(VENV)/.torch
+	rm -rf .$*
+	$(PIP) install --no-deps --target .$* -r $<
 	@touch $@
 
 upstream: setup .upstream/.installed
 	HF_HUB_OFFLINE=1 UPSTREAM=$(CURDIR)/.upstream $(BIN)/python -m pytest -q tests/upstream
+
+peers: setup .peers/.installed
+	HF_HUB_OFFLINE=1 PEERS=$(CURDIR)/.peers $(BIN)/python -m pytest -q tests/peers
 
 # Tests of the tests: every bug planted in the C++ ops and in the CUDA kernels is one that some test sees.
 mutants: setup
@@ -60,7 +63,7 @@ mutate: setup
 
 # What `make test` leaves out, twenty times as many examples of every C++ op, and the unlocked job: does the newest of
 # everything still import and pass a quick test? Only torch stays as it is in $(VENV), since another build is gigabytes.
-ci-long: setup aot-versions mutants upstream
+ci-long: setup aot-versions mutants upstream peers
 	$(BIN)/python -m pytest -q -m "long and not gpu" --ignore tests/mutants --ignore tests/test_shim.py
 	$(BIN)/python -m pytest -q --hypothesis-profile=long --timeout=3600 tests/test_compiled.py
 	@echo "ci-long: unlocked install"
@@ -93,7 +96,7 @@ lock:
 	rm -rf .venv-lock .lock-base.txt .lock-new.txt
 
 clean:
-	rm -rf $(VENV) .venv-unlocked .venv-lock .lock-base.txt .upstream .triton-* build dist *.egg-info
+	rm -rf $(VENV) .venv-unlocked .venv-lock .lock-base.txt .upstream .peers .triton-* build dist *.egg-info
 	rm -f rlhf_engine/_C.so rlhf_engine/_C.json rlhf_engine/_raw.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -30,7 +30,7 @@ Cases = Mapping[str, Callable[[], None]]
 def run(script: str, mode: str, scratch: Path) -> dict[str, str]:
     """The verdicts of a test file, run as a script."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(scratch), "PYTHONPATH": str(ROOT)}
+    env |= {"TRITON_CACHE_DIR": str(scratch), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     if mode == "interpret":
         env["TRITON_INTERPRET"] = "1"
     done = subprocess.run([sys.executable, script, mode], capture_output=True, text=True, env=env)
