@@ -27,3 +27,14 @@ def check(what: str, ours: Tensor, theirs: Tensor, bound: float) -> None:
         raise SystemExit(
             f"{what}: the answers differ by {error:.1e} of the largest, more than {bound:.0e}; no time shown"
         )
+
+
+def interleaved(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, round by round: what slows the machine for a while meets all alike. Each has run before."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return times
