@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rlhf_engine import ops, reference
 from rlhf_engine.ops.tiles import SHAPES
 
-ROW_TILE, SEGMENT = SHAPES["cpu"].rows, SHAPES["cpu"].tokens
+ROW_TILE, TALLEST, SEGMENT = SHAPES["cpu"].rows, SHAPES["cpu"].tallest, SHAPES["cpu"].tokens
 
 reference_logprobs = reference.linear_logprobs  # one test takes it away
 DTYPES = [torch.float32, torch.bfloat16]
@@ -151,11 +151,18 @@ def test_nothing_to_score(rows: int) -> None:
         assert not value.any(), name
 
 
+@pytest.mark.parametrize("agree", [True, False])
 @pytest.mark.parametrize("vocabulary", [SMALL, LARGE])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_has_the_same_bits_wherever_it_stands(dtype: torch.dtype, vocabulary: int) -> None:
-    tensors = case(vocabulary, dtype, rows=2 * ROW_TILE + 3)
-    upstream = torch.linspace(-1, 2, 2 * ROW_TILE + 3)
+def test_a_row_has_the_same_bits_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vocabulary: int, agree: bool
+) -> None:
+    """Also where products of different heights do not agree, or are not said to."""
+    if not agree:
+        monkeypatch.setattr("rlhf_engine.ops.tiles.heights_agree", lambda *shape: False)
+    rows = 2 * TALLEST + 3
+    tensors = case(vocabulary, dtype, rows=rows)
+    upstream = torch.linspace(-1, 2, rows)
 
     def score(index: Tensor) -> tuple[Tensor, ...]:
         hidden = tensors["hidden"][index].requires_grad_()
@@ -165,10 +172,10 @@ def test_a_row_has_the_same_bits_wherever_it_stands(dtype: torch.dtype, vocabula
         (out[0] * upstream[index] + out[1] * upstream[index]).sum().backward()
         return out[0].detach(), out[1].detach(), hidden.grad
 
-    everything = score(torch.arange(2 * ROW_TILE + 3))
+    everything = score(torch.arange(rows))
     generator = torch.Generator().manual_seed(2)
-    for count in (1, 2, 7, 8, 63, 127, 128, 129, 257):
-        index = torch.randperm(2 * ROW_TILE + 3, generator=generator)[:count]
+    for count in (1, 2, 7, 8, 63, 64, 65, 257, 512, 513):
+        index = torch.randperm(rows, generator=generator)[:count]
         for got, want in zip(score(index), everything, strict=True):
             assert torch.equal(got, want[index]), count
 

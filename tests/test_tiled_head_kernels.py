@@ -32,7 +32,7 @@ def ops_of(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     if backend == "reference":
         return reference.linear_logprobs, reference.linear_policy_loss
-    head = TiledHead("rlhf_triton", Shape(4, 8192, 2, 10**9))
+    head = TiledHead("rlhf_triton", Shape(rows=4, tokens=8192, tallest=4, block=8, budget=10**9))
     return head.linear_logprobs, head.linear_policy_loss
 
 
@@ -145,9 +145,8 @@ def case_scaled_and_given() -> None:
     results = []
     for factor, given in ((1.0, False), (-2.0, False), (1.0, True), (-2.0, True)):
         inputs, place = leaves(made, ()), torch.zeros(V, 16)
-        loss, _ = ops_of("triton")[1](
-            **inputs, token_loss=token_loss, weights=None, denom=None, grad_weight_out=place if given else None, **options()
-        )  # fmt: skip
+        rest = {"weights": None, "denom": None, "grad_weight_out": place if given else None}
+        loss, _ = ops_of("triton")[1](**inputs, token_loss=token_loss, **rest, **options())
         (loss * factor).backward()
         results.append((inputs["hidden"].grad, place if given else inputs["weight"].grad))
     torch.testing.assert_close(results[1][0], -2 * results[0][0])

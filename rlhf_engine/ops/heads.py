@@ -128,7 +128,7 @@ def linear_logprobs(
             "sync": wait once for the number of rows, and do the work of those alone. With `rows`, or a mask on the
             CPU, the number is known.
         memory_budget: bytes of logits that may live at once; None is 128 MB on a CPU and 1.3 GB on a GPU. It changes no
-            bit of the results. One tile of rows always lives: 192 rows on a CPU, 1,024 on a GPU.
+            bit of the results. One tile of rows always lives: 64 rows on a CPU, 1,024 on a GPU.
     """
     op = "linear_logprobs"
     _check_linear(op, hidden, weight, targets, bias, temperature, softcap, logit_scale, mask)

@@ -20,8 +20,9 @@ from torch import Tensor
 from rlhf_engine import reference
 from rlhf_engine.ops.head_operators import EXTRAS, SCHEMAS, STATISTICS, TRITON_SCHEMAS
 from rlhf_engine.ops.objective import Objective
+from rlhf_engine.ops.products import exact
 from rlhf_engine.ops.rows import Rows, find, host_knows
-from rlhf_engine.ops.tiles import SHAPES, Gradients, Head, Shape, exact
+from rlhf_engine.ops.tiles import SHAPES, Gradients, Head, Shape
 from rlhf_engine.reference import TokenLoss
 
 OPS = ("linear_logprobs", "linear_policy_loss", "linear_logprob_stats")

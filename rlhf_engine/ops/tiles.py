@@ -1,14 +1,15 @@
 """Tiles of the head: logits exist for some rows and some tokens at a time, folded as soon as they do.
 
-A matrix product chooses its summation order by its shape. So a product's shape is fixed by the device alone, tails are
-filled up with zero rows, and a row's bits depend on that row alone; how many products' logits live at once changes no
-bit. On CPUs products are float32 whatever the input: without bfloat16 instructions those in bfloat16 are slower.
+A matrix product chooses its summation order by its shape. So a product's shape is fixed by the device alone, or its
+height is one of several that were found to give a row the same bits; tails are filled up with zero rows, and a row's
+bits depend on that row alone. How many logits live at once changes no bit. On CPUs products are float32 whatever the
+input: without bfloat16 instructions those in bfloat16 are slower.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,25 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_engine.ops.products import accumulate, heights_agree, product
 from rlhf_engine.ops.rows import DEAD, Rows
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a product: `rows` x `tokens`. `together`: products whose rows are worked off at once, if `budget` allows."""
+    """Of products, and of the blocks of rows that go through all of them together."""
 
-    rows: int
-    tokens: int  # a multiple of the operators' segment
-    together: int
+    rows: int  # of a product, or a multiple of it
+    tokens: int  # of a product; a multiple of the operators' segment
+    tallest: int  # rows of a product, where heights agree
+    block: int  # rows, if `budget` allows
     budget: int  # bytes of logits
 
 
-# On two AVX2 cores at width 576 a policy loss takes 10% longer with 128 rows; a taller product is hardly faster, and
-# wastes more on the rows that fill it up. On GPUs 1024 x 32,768 is 1024 blocks of a usual product, some eight waves.
-SHAPES = {"cpu": Shape(192, 2048, 3, 128 << 20), "cuda": Shape(1024, 32_768, 8, 1280 << 20)}
+# On two AVX2 cores at width 576 a policy loss takes 25% longer in products of 192 rows than of 512, and the latter are
+# as fast as one product of all rows. On GPUs 1024 x 32,768 is 1024 blocks of a usual product, some eight waves.
+SHAPES = {"cpu": Shape(64, 2048, 512, 512, 128 << 20), "cuda": Shape(1024, 32_768, 1024, 8192, 1280 << 20)}
 
 
-@dataclass(slots=True)
+@dataclass
 class Head:
     """What turns hidden states into log-probs, and how: the arguments of an op, made ready."""
 
@@ -72,11 +75,21 @@ class Head:
             return torch.float32
         return self.weight.dtype
 
-    def together(self, keep: bool) -> int:
-        """How many products' rows make a block; with `keep` the logits of all its tokens live at once."""
-        tokens = self.weight.shape[0] if keep else self.shape.tokens
-        most = self.shape.budget // (self.shape.rows * tokens * self.logits_dtype.itemsize)
-        return max(1, min(most, self.shape.together))
+    def block_rows(self, keep: bool) -> int:
+        """Of a block; with `keep` the logits of all tokens live at once."""
+        tokens, step = self.weight.shape[0] if keep else self.shape.tokens, self.shape.rows
+        most = self.shape.budget // (tokens * self.logits_dtype.itemsize)
+        return max(1, min(most, self.shape.block) // step) * step
+
+    @functools.cached_property
+    def height(self) -> int:
+        """Of a product, at most."""
+        shape, (vocabulary, width) = self.shape, self.weight.shape
+        widths = {min(shape.tokens, vocabulary), vocabulary % shape.tokens or shape.tokens} - {0}
+        same = shape.tallest > shape.rows and all(
+            heights_agree(shape.rows, shape.tallest, width, tokens, self.factors_dtype) for tokens in widths
+        )
+        return shape.tallest if same else shape.rows
 
     def segments(self) -> Iterator[Segment]:
         for start in range(0, self.weight.shape[0], self.shape.tokens):
@@ -87,7 +100,7 @@ class Head:
 
     def blocks(self, hidden: Tensor, rows: Rows, keep: bool) -> Iterator[Block]:
         """Full products' worth of rows (N, H) each, gathered."""
-        step = self.together(keep) * self.shape.rows
+        step = self.block_rows(keep)
         for start in range(0, len(rows), step):
             part = slice(start, min(start + step, len(rows)))
             tail = -(part.stop - part.start) % self.shape.rows
@@ -140,8 +153,8 @@ class Block:
         return F.pad(x, (0, self.hidden.shape[0] - self.kept.stop))
 
     def products(self) -> Iterator[slice]:
-        rows = self.head.shape.rows
-        return (slice(i, i + rows) for i in range(0, self.hidden.shape[0], rows))
+        height = self.head.height
+        return (slice(i, i + height) for i in range(0, self.hidden.shape[0], height))
 
     def fill(self, segment: Segment, out: Tensor | None = None) -> Tensor:
         """(R, n) raw logits of a segment, into `out` (R, n or more) if given."""
@@ -234,41 +247,3 @@ class Gradients:
             self.weight.zero_()
         weight = None if self.weight is None or self.given else self.weight.to(self.dtype)
         return self.hidden, weight, None if self.bias is None or bias is None else self.bias.to(bias.dtype)
-
-
-def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b."""
-    if a.dtype is out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.device.type == "cpu":  # which has no product with a wider result
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-    else:
-        torch.mm(a, b, out.dtype, out=out)
-
-
-def accumulate(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into += a @ b. Not by addmm_, which torch's FLOP counter misses."""
-    if a.dtype is into.dtype:
-        torch.addmm(into, a, b, out=into)
-    elif a.device.type == "cpu":
-        torch.addmm(into, a.to(into.dtype), b.to(into.dtype), out=into)
-    else:
-        torch.addmm(into, a, b, into.dtype, out=into)
-
-
-@contextmanager
-def exact(device_type: str) -> Iterator[None]:
-    """Without the caller's autocast, and without partial sums that cuBLAS rounds to 16 bits: both would change bits."""
-    matmul = torch.backends.cuda.matmul
-    flags = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
-    before = [getattr(matmul, flag) for flag in flags]
-    try:
-        if device_type == "cuda":
-            for flag in flags:
-                setattr(matmul, flag, False)
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if device_type == "cuda":
-            for flag, value in zip(flags, before, strict=True):
-                setattr(matmul, flag, value)

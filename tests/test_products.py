@@ -1,0 +1,60 @@
+"""When products of different heights give a row the same bits: found by trying, and believed only then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlhf_engine.ops import products
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> None:
+    products._heights_agree.cache_clear()
+
+
+def test_a_library_that_sums_in_another_order_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One height of four, in one row of either product."""
+    product, accumulate = products.product, products.accumulate
+
+    def other_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+        product(a, b, out)
+        if len(out) == 192:
+            out[5] *= 1 + 1e-6
+
+    def other_accumulate(into: Tensor, a: Tensor, b: Tensor) -> None:
+        accumulate(into, a, b)
+        if len(into) == 64:
+            into[5] *= 1 + 1e-6
+
+    shape = (64, 256, 48, 96, torch.float32)
+    assert products.heights_agree(*shape)
+    for name, function in (("product", other_product), ("accumulate", other_accumulate)):
+        products._heights_agree.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(products, name, function)
+            assert not products.heights_agree(*shape)
+
+
+def test_every_shape_and_number_of_threads_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: len(tried) // 4 + 1)
+    plain = products.product
+    monkeypatch.setattr(products, "product", lambda a, b, out: (tried.append(a.shape), plain(a, b, out)))
+    for _ in range(2):
+        products.heights_agree(64, 256, 8, 96, torch.float32)
+    assert len(tried) == 8  # two numbers of threads, four heights each
+    products.heights_agree(64, 128, 8, 97, torch.float32)
+    assert len(tried) == 10
+
+
+def test_nobody_notices() -> None:
+    """Neither a counter of operations nor the global random numbers."""
+    torch.manual_seed(0)
+    first = torch.rand(3)
+    torch.manual_seed(0)
+    with FlopCounterMode(display=False) as counter:
+        products.heights_agree(64, 128, 8, 96, torch.bfloat16)
+    assert counter.get_total_flops() == 0 and torch.equal(torch.rand(3), first)
