@@ -139,7 +139,7 @@ def _fold_all(hidden: Tensor, head: Head, rows: Rows) -> Tensor:
     """Statistics (6 or 8, n)."""
     found = hidden.new_empty(8 if head.extras else 6, len(rows), dtype=torch.float32)
     for block in head.blocks(hidden, rows, keep=False):
-        found[:, block.part] = block.fold(keep=False)[:, block.kept]
+        found[:, block.part] = block.fold(keep=False)[:, block.real]
     return found
 
 
@@ -194,7 +194,7 @@ class _PolicyLoss(torch.autograd.Function):
         found = hidden.new_empty(2, len(rows), dtype=torch.float32)
         for block in head.blocks(hidden, rows, keep=True):
             statistics = block.fold(keep=True)
-            found[:, block.part] = statistics[:2, block.kept]
+            found[:, block.part] = statistics[:2, block.real]
             g_l, g_e = objective.gradients(found[0, block.part], found[1, block.part], block.part)
             block.backward(statistics, g_l, g_e, sums)
         loss, objective.metrics = objective(found[0], found[1], slice(0, len(rows)))

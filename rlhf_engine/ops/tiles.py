@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Head:
 
     def blocks(self, hidden: Tensor, rows: Rows, keep: bool) -> Iterator[Block]:
         """Full products' worth of rows (N, H) each, gathered."""
-        step = self.block_rows(keep)
+        step, buffers = self.block_rows(keep), dict[int, Tensor]()
         for start in range(0, len(rows), step):
             part = slice(start, min(start + step, len(rows)))
             tail = -(part.stop - part.start) % self.shape.rows
@@ -109,7 +109,7 @@ class Head:
                 h = torch.where(rows.active[part, None], h, 0)
             targets = F.pad(rows.targets[part], (0, tail), value=DEAD)
             temperatures = None if self.temperatures is None else F.pad(self.temperatures[part], (0, tail), value=1.0)
-            block = Block(self, part, F.pad(h, (0, 0, 0, tail)), targets, temperatures)
+            block = Block(self, part, F.pad(h, (0, 0, 0, tail)), targets, temperatures, buffers)
             if self.logits_dtype is not torch.float32:
                 block.target_logits = self._target_logits(block)
             yield block
@@ -141,29 +141,33 @@ class Block:
     hidden: Tensor  # (R, H)
     targets: Tensor  # (R,)
     temperatures: Tensor | None  # (R,)
+    buffers: dict[int, Tensor]  # of logits, the same for all blocks: fresh pages would cost as much as a fold
     target_logits: Tensor | None = None  # (R,)
-    logits: dict[int, Tensor] = field(default_factory=dict)  # by the first token
+    kept: bool = False  # the buffers hold this block's logits, by the first token of each segment
 
     @property
-    def kept(self) -> slice:
+    def real(self) -> slice:
+        """Rows that do not fill up."""
         return slice(0, self.part.stop - self.part.start)
 
     def padded(self, x: Tensor) -> Tensor:
         """(..., n) of the block's rows -> (..., R), zeros behind."""
-        return F.pad(x, (0, self.hidden.shape[0] - self.kept.stop))
+        return F.pad(x, (0, self.hidden.shape[0] - self.real.stop))
 
     def products(self) -> Iterator[slice]:
         height = self.head.height
         return (slice(i, i + height) for i in range(0, self.hidden.shape[0], height))
 
-    def fill(self, segment: Segment, out: Tensor | None = None) -> Tensor:
-        """(R, n) raw logits of a segment, into `out` (R, n or more) if given."""
-        n = segment.weight.shape[0]
-        if out is None:
-            out = self.hidden.new_empty(self.hidden.shape[0], n, dtype=self.head.logits_dtype)
-        for rows in self.products():
-            product(self.hidden[rows], segment.weight.t(), out[rows, :n])
-        return out[:, :n]
+    def logits(self, segment: Segment, keep: bool) -> Tensor:
+        """(R, n) raw logits of a segment, in a buffer: of its own with `keep`, else the one of all segments."""
+        key, (rows, n) = segment.tokens.start if keep else 0, (self.hidden.shape[0], segment.weight.shape[0])
+        if key not in self.buffers:  # no later block is larger, nor a later segment
+            self.buffers[key] = self.hidden.new_empty(rows, n, dtype=self.head.logits_dtype)
+        out = self.buffers[key][:rows, :n]
+        if not self.kept:
+            for part in self.products():
+                product(self.hidden[part], segment.weight.t(), out[part])
+        return out
 
     def transform(self, segment: Segment) -> tuple[Any, ...]:
         """The operators' arguments that say what the model does to raw logits."""
@@ -175,14 +179,11 @@ class Block:
 
     def fold(self, keep: bool) -> Tensor:
         """Statistics (6 or 8, R)."""
-        parts, buffer = [], None
+        parts = []
         for segment in self.head.segments():
-            z = self.fill(segment, buffer)
-            if keep:
-                self.logits[segment.tokens.start] = z
-            elif buffer is None:
-                buffer = z
+            z = self.logits(segment, keep)
             parts.append(self.head.call.head_fold(z, self.targets, *self.transform(segment), self.head.extras))
+        self.kept = keep
         vocabulary = self.head.weight.shape[0]
         return self.head.call.head_combine(torch.cat(parts), self.targets, 0, vocabulary, DEAD)
 
@@ -191,21 +192,18 @@ class Block:
         head = self.head
         g_l, g_e = (None if g is None else self.padded(g) for g in (g_l, g_e))
         grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=torch.float32) if sums.hidden is not None else None
-        buffer = None
         for segment in head.segments():
-            z = self.logits.pop(segment.tokens.start, None)
-            if z is None:
-                z = buffer = self.fill(segment, buffer)
+            z = self.logits(segment, self.kept)
             in_place = z.dtype is head.factors_dtype
             dz = z if in_place else torch.empty_like(z, dtype=head.factors_dtype)
             head.call.head_gradient(z, self.targets, statistics, g_l, g_e, *self.transform(segment), dz)
             if grad_hidden is not None:
                 for rows in self.products():
                     accumulate(grad_hidden[rows], dz[rows], segment.weight)
-            sums.add(segment, dz[self.kept], self.hidden[self.kept])
+            sums.add(segment, dz[self.real], self.hidden[self.real])
         sums.started = True
         if grad_hidden is not None:
-            sums.set_hidden(self.part, grad_hidden[self.kept])
+            sums.set_hidden(self.part, grad_hidden[self.real])
 
 
 class Gradients:
