@@ -69,7 +69,7 @@ ci-long: setup aot-versions mutants upstream peers
 	@echo "ci-long: unlocked install"
 	$(BIN)/python -m pip freeze | grep -E '^torch==' > $(VENV)/torch.txt
 	$(MAKE) setup VENV=.venv-unlocked LOCK=$(VENV)/torch.txt
-	.venv-unlocked/bin/python -m pytest -q tests/test_layers.py tests/test_native.py tests/test_kernels.py tests/test_loss_kernels.py
+	.venv-unlocked/bin/python -m pytest -q tests/test_layers.py tests/test_native.py tests/test_head_kernels.py tests/test_loss_kernels.py
 
 # The kernels compiled by the oldest triton in use: that of torch 2.11, which CUDA machines still have.
 OLD_TRITON := 3.6.0
@@ -78,7 +78,7 @@ aot-versions: setup
 	@echo "aot-versions: kernels compiled by triton $(OLD_TRITON)"
 	test -d .triton-$(OLD_TRITON) || $(PIP) install --no-deps --target .triton-$(OLD_TRITON) triton==$(OLD_TRITON)
 	$(OLD_PATH) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(OLD_TRITON)", triton.__version__'
-	$(OLD_PATH) $(BIN)/python tests/test_kernels.py compile
+	$(OLD_PATH) $(BIN)/python tests/test_head_kernels.py compile
 	$(OLD_PATH) $(BIN)/python tests/test_loss_kernels.py compile
 
 # A new lock: everything at its newest in a clean environment, except torch and the triton it was tested with. Where the
