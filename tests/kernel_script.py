@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,23 +28,29 @@ ROOT = Path(__file__).parents[1]
 Cases = Mapping[str, Callable[[], None]]
 
 
-def run(script: str, mode: str, scratch: Path) -> dict[str, str]:
-    """The verdicts of a test file, run as a script."""
+def run(request: pytest.FixtureRequest, mode: str, scratch: Path) -> dict[str, str]:
+    """The verdicts of the cases that are tested now, of the test file that asks, run as a script."""
+    cases = [
+        item.callspec.params["case"]  # type: ignore[attr-defined]
+        for item in request.session.items
+        if item.path == request.path and request.fixturename in item.fixturenames  # type: ignore[attr-defined]
+    ]
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(scratch), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     if mode == "interpret":
         env["TRITON_INTERPRET"] = "1"
-    done = subprocess.run([sys.executable, script, mode], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, str(request.path), mode, *cases], capture_output=True, text=True, env=env)
     assert done.stdout, done.stderr
     print(done.stderr)
     return json.loads(done.stdout)
 
 
 def main(interpreted: Cases, compiled: Cases) -> None:
-    """The script: `interpret` or `compile` is its argument, and its status says whether all went well."""
+    """The script: `interpret` or `compile` is its argument, and names of cases unless it is to run all; its status says
+    whether all went well."""
     import triton
 
-    (mode,) = sys.argv[1:]
+    mode, *names = sys.argv[1:]
     print("triton", triton.__version__, file=sys.stderr)
     if mode == "interpret":
         import interpreter_patch
@@ -55,17 +62,24 @@ def main(interpreted: Cases, compiled: Cases) -> None:
     else:
         print(TABLE.format(*HEADINGS), file=sys.stderr)
     verdicts = {}
-    for name, case in (interpreted if mode == "interpret" else compiled).items():
+    cases = interpreted if mode == "interpret" else compiled
+    for name in names or cases:
         torch.manual_seed(0)
         start = time.perf_counter()
         try:
-            case()
+            cases[name]()
             verdicts[name] = ""
         except Exception:
             verdicts[name] = traceback.format_exc()
         print(f"{name}: {time.perf_counter() - start:.2f} s {verdicts[name]}", file=sys.stderr)
     print(json.dumps(verdicts))
     sys.exit(any(verdicts.values()))
+
+
+def compiled_cases(cases: Cases) -> list[Any]:
+    """For parametrize: what is compiled for other GPUs than sm_90 is left to the long tests."""
+    others = ("sm_80", "sm_100")
+    return [pytest.param(name, marks=pytest.mark.long if name.startswith(others) else ()) for name in cases]
 
 
 def check_close(what: str, ours: Tensor, exact: Tensor, torchs: Tensor, epsilon: float, *, times: float = 2.0) -> None:

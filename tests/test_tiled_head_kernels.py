@@ -169,8 +169,8 @@ INTERPRETED: dict[str, Callable[[], None]] = {
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return kernel_script.run(__file__, "interpret", tmp_path_factory.mktemp("interpret"))
+def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return kernel_script.run(request, "interpret", tmp_path_factory.mktemp("interpret"))
 
 
 @pytest.mark.parametrize("case", INTERPRETED)
