@@ -45,6 +45,19 @@ def test_first_ratio_is_exactly_one(family: str, dtype: torch.dtype) -> None:
         assert metrics["policy/approx_kl_k1"] == 0.0 and metrics["policy/clip_fraction"] == 0.0
 
 
+def test_neither_scoring_nor_training_calls_the_models_own_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would make [tokens, vocab] logits."""
+    engine = make_engine(tiny_lm(), critic="layers", train_head=True)
+    batch = engine.rollout(PROMPTS)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("lm_head was called")
+
+    for model in (engine.policy, engine.reference):
+        monkeypatch.setattr(model.lm_head, "forward", refuse)
+    assert engine.update(engine.score(batch))["policy/approx_kl_k1"] == 0.0
+
+
 def test_without_an_end_of_sequence_every_response_is_full_and_still_exact() -> None:
     free = make_engine(tiny_lm(), micro_batch_size=6).rollout(PROMPTS)
     assert free.finished.any()  # so there is something to ban

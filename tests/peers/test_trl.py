@@ -116,6 +116,25 @@ def test_fused_head(utils: Any, bias: bool, backend: str, options: dict[str, flo
 
 
 @backends("linear_logprobs")
+@pytest.mark.usefixtures("small_tiles")
+def test_fused_extras(utils: Any, backend: str) -> None:
+    """Whether the target is the likeliest token, and the logarithm of the sum of squares."""
+    head = make_head()
+    hidden = head.hidden.detach().reshape(-1, head.hidden.shape[-1])
+    targets = (hidden @ head.weight.detach().T).argmax(1)
+    targets[::3] = head.labels.reshape(-1)[::3].clamp(min=0)
+    theirs = utils._ChunkedLogProbFunction.apply(
+        hidden, head.weight.detach(), None, targets, 0.7, 300, None, 1.0,
+        ("log_probs", "entropy", "log_sum_sq_probs", "is_top1"),
+    )  # fmt: skip
+    *_, extras = ops.linear_logprobs(
+        hidden, head.weight.detach(), targets, temperature=0.7, extras=["top1", "sum_p_squared"], backend=backend
+    )
+    assert torch.equal(extras["top1"] == targets, theirs[4].bool()) and theirs[4].any() and not theirs[4].all()
+    agree({"squares": extras["sum_p_squared"].log()}, {"squares": theirs[2]})
+
+
+@backends("linear_logprobs")
 def test_fused_head_in_float64(utils: Any, backend: str) -> None:
     head = make_head(torch.float64)
     agree(ours(head, backend, temperature=0.7), fused(utils, head, temperature=0.7))
