@@ -50,6 +50,20 @@ def test_every_shape_and_number_of_threads_is_tried_once(monkeypatch: pytest.Mon
     assert len(tried) == 10
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # the latter takes the path of GPUs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counters_see_every_product(device: str, dtype: torch.dtype) -> None:
+    a, b = torch.ones(6, 4, device=device, dtype=dtype), torch.ones(8, 4, device=device, dtype=dtype)
+    logits, into = torch.zeros(6, 8, device=device), torch.ones(8, 4, device=device)
+    with FlopCounterMode(display=False) as counter:
+        products.product(a, b.t(), logits)
+        products.accumulate(into, logits.to(dtype).t(), a)
+    assert counter.get_total_flops() == 2 * 2 * 6 * 4 * 8
+    products.accumulate(into, logits.to(dtype).t(), a)
+    if device == "cpu":
+        assert (logits == 4).all() and (into == 1 + 2 * 6 * 4).all()
+
+
 def test_nobody_notices() -> None:
     """Neither a counter of operations nor the global random numbers."""
     torch.manual_seed(0)
