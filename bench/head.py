@@ -35,7 +35,7 @@ from rlhf_engine import __version__, runs
 # probability by as much of itself.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 SLOW_PART = 8
-OURS, QUARTER = "ours", "ours, 25% of rows"
+OURS, QUARTER, BARE = "ours", "ours, 25% of rows", "three bare products"
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Line:
     seconds: float  # as all times here, a median over rounds
     times_ours: float  # seconds over those of OURS in the same round
     times_quarter: float  # and of QUARTER
-    extra_mb: float  # at the peak, beyond inputs and returned gradients
+    extra_mb: float | None  # at the peak, beyond inputs and returned gradients
     nhv: float
     timed_rows: int  # from which the time of all is scaled up
     cores: float  # that the process had meanwhile
@@ -81,26 +81,30 @@ def measure(dtype: torch.dtype, slow: bool, with_trl: bool, args: argparse.Names
     cases |= {QUARTER: ("ours", quarter)}
     products = {name: checked(way, problem, name) for name, (way, problem) in cases.items()}
     works = {name: partial(head_ways.answer, way, problem) for name, (way, problem) in cases.items()}
+    works[BARE], products[BARE] = partial(head_ways.products, whole), 6.0
     wall, processor = time.perf_counter(), time.process_time()
     times = interleaved(works, args.rounds)
     cores = (time.process_time() - processor) / (time.perf_counter() - wall)
     print(f"had {cores:.1f} of {args.threads} cores; with less than all, threads wait for each other in small steps")
     lines = []
-    for name, (way, problem) in cases.items():
+    for name in works:
+        way, problem = cases.get(name, (None, whole))
         rows = len(problem.targets)
         seconds = [args.tokens / rows * x for x in times[name]]
         ratios = [[a / b for a, b in zip(seconds, times[other], strict=True)] for other in (OURS, QUARTER)]
-        memory = head_ways.peak_mb(way, args.tokens, dtype, *whole.weight.shape, 0.25 if name == QUARTER else 1.0)
-        numbers = [*(statistics.median(x) for x in (seconds, *ratios)), memory, products[name]]
+        share, shape = 0.25 if name == QUARTER else 1.0, whole.weight.shape
+        memory = round(head_ways.peak_mb(way, args.tokens, dtype, *shape, share), 1) if way else None
+        medians = (round(statistics.median(x), 4) for x in (seconds, *ratios))
         kind = str(dtype).removeprefix("torch.")
-        lines.append(Line(name, kind, *(round(x, 4) for x in numbers), timed_rows=rows, cores=round(cores, 2)))
+        lines.append(Line(name, kind, *medians, memory, round(products[name], 4), rows, round(cores, 2)))
     return lines
 
 
 def show(lines: list[Line], tokens: int) -> None:
     print(f"{'':20}{'':9}{'seconds':>9}{'/ ours':>8}{'/ our 25%':>11}{'extra MB':>10}{'NHV':>7}")
     for x in lines:
-        numbers = f"{x.seconds:9.2f}{x.times_ours:8.2f}{x.times_quarter:11.2f}{x.extra_mb:10.0f}{x.nhv:7.2f}"
+        memory = "" if x.extra_mb is None else f"{x.extra_mb:.0f}"
+        numbers = f"{x.seconds:9.2f}{x.times_ours:8.2f}{x.times_quarter:11.2f}{memory:>10}{x.nhv:7.2f}"
         print(f"{x.way:20}{x.dtype:9}{numbers}{'' if x.timed_rows == tokens else '  *'}", flush=True)
         if x.timed_rows != tokens:
             print(f"  * the time of {x.timed_rows} of the rows, times {tokens / x.timed_rows:g}")
