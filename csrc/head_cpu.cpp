@@ -224,8 +224,9 @@ void gradient(const HeadTile& op, const HeadGradient& g, long row, Segment& s) {
       continue;
     }
     const int target = load(op, row, first, count, s);
+    const bool banned = target >= 0 && s.z[target] == -kInf;  // it stays where it is, whatever moves
     slopes(statistic(kMaximum), statistic(kLogSum) + unknown, statistic(kMean), g_l, g_e, count, s);
-    if (target >= 0) s.z[target] += g_l;
+    if (target >= 0 && !banned) s.z[target] += g_l;
     const float factor = op.logit_scale * inverse_temperature(op, row);
     if (op.softcap > 0.f) chain(factor, count, s);
     else if (factor != 1.f) multiply(factor, count, s.z);

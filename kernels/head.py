@@ -32,6 +32,12 @@ OPTIONS = {"enable_fp_fusion": False}
 
 
 @triton.jit
+def _exp(x):
+    """What tl.exp does, less three instructions of five: they are for results below 2^-126, which are 0 here."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def _tanh(x):
     """To an ulp or two. Near 0, where 1 - 2 / (exp(2x) + 1) loses digits, x + x^3 times a minimax polynomial in x^2."""
     square = x * x
@@ -40,7 +46,7 @@ def _tanh(x):
     series = tl.fma(series, square, 1.3331924e-1)
     series = tl.fma(series, square, -3.3333299e-1)
     size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(size + size) + 1.0)
+    far = 1.0 - 2.0 / (_exp(size + size) + 1.0)
     return tl.where(size < 0.6, tl.fma(series * square, x, x), tl.where(x < 0.0, -far, far))
 
 
@@ -98,7 +104,7 @@ def _fold(
         if EXTRAS:
             top = (start + first + tl.min(tl.where(z == m, i, BLOCK), 0)).to(tl.float32)
         d = z - tl.where(m == float("-inf"), 0.0, m)
-        e = tl.exp(d)
+        e = _exp(d)
         # 0 where d is -inf: the bound is finite, and so low that its exponential is 0 as well
         s, u = tl.split(tree_sum(tl.join(e, tl.maximum(d, -1e4) * e), FAR, NEAR))
         if EXTRAS:
@@ -138,7 +144,7 @@ def _combine(
         # A maximum of -inf has sums of 0, which stay so: no shift, or it were inf - inf.
         shift = tl.where(m == float("-inf"), 0.0, m - m_new)
         shift_k = tl.where(m_k == float("-inf"), 0.0, m_k - m_new)
-        scale, scale_k = tl.exp(shift), tl.exp(shift_k)
+        scale, scale_k = _exp(shift), _exp(shift_k)
         u = scale * (u + shift * s) + scale_k * (u_k + shift_k * s_k)
         s = scale * s + scale_k * s_k
         if EXTRAS:
@@ -203,7 +209,7 @@ def _gradient(
         ls, mu = tl.load(of_row + 3 * step), tl.load(of_row + 4 * step)
         g_l = tl.where(logprob == logprob, g_l, float("nan"))  # NaN where the target is outside the vocabulary, too
         d = z - m
-        p = tl.exp(d - ls)
+        p = _exp(d - ls)
         dz = tl.fma(p, tl.fma(g_e, mu - d, -g_l), tl.where(hit, g_l, 0.0)) * (factor * slope)
         dz = tl.where(d == float("-inf"), 0.0, dz)
     to = row_of(OUT, row, out_T, out_b, out_t, VECTOR) + first

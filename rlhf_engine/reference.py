@@ -236,6 +236,7 @@ def _logprob_and_entropy(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, 
 
     Both are invariant to a shift of z, so m needs no gradient. A target outside [0, V) gives a NaN row.
     """
+    logits_RV = torch.where(logits_RV == -torch.inf, logits_RV.detach(), logits_RV)  # a banned token cannot move
     d_RV = logits_RV - logits_RV.amax(-1, keepdim=True).detach()
     ls_R1 = d_RV.exp().sum(-1, keepdim=True).log()
     # 0 * inf is 0 here, for a banned token's value and gradient alike.

@@ -78,6 +78,17 @@ def compile_all(capability: int, dtype: str, aligned: bool, given: bool) -> None
             assert "fma" not in kernel.asm["ptx"], "products and sums are fused, which variants may do differently"
 
 
+def compile_others() -> None:
+    """What hosts and tests ask for besides: float16, extras alone, int32 targets, a view of three axes, another out."""
+    x, y = torch.zeros(2, 3, 32000, dtype=torch.float16)[:, :-1], torch.zeros(4, dtype=torch.int32)
+    with kernel_script.compiling_for(90) as compiled:
+        statistics = module().head_combine(module().head_fold(x, y, *options(), 0, DEAD, True), y, 0, 32000, DEAD)
+        module().head_gradient(x, y, statistics, None, torch.ones(4), *options(), 0, DEAD, torch.empty(4, 32000))
+    for kernel in compiled:
+        kernel_script.check_resources(kernel, "sm_90 float16 extras")
+        check_order(kernel)
+
+
 def compile_once() -> None:
     """Another temperature, number of rows, vocabulary or first column takes no other kernel; a bare 1 does not, too."""
     kernels = []
@@ -99,6 +110,7 @@ COMPILED: dict[str, Callable[[], None]] = {
         for aligned in (True, False)
         for given in (False, True)
     },
+    "others": compile_others,
     "once": compile_once,
 }
 

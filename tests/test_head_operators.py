@@ -85,8 +85,10 @@ def test_banned_tokens_and_what_must_be_seen() -> None:
     check(logits, targets)
     banned = targets.clone()
     banned[0] = 0
-    logprobs, entropy = ops.token_logprobs(logits, banned)
-    assert logprobs[0] == -torch.inf and entropy[0].isfinite()
+    for backend in ("cpu", "reference"):
+        logprobs, entropy, gradient = score(logits, banned, backend)
+        assert logprobs[0] == -torch.inf and entropy[0].isfinite()
+        assert not gradient[logits == -torch.inf].any() and gradient[0].isfinite().all() and gradient[0].any()
     logits[1], logits[3, 5], logits[4, 6] = -torch.inf, torch.nan, torch.inf
     ours = score(logits, targets)
     for found in (ours[0], ours[1], ours[2].sum(1)):
