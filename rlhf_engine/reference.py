@@ -142,7 +142,9 @@ def merge_logprob_stats(stats: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) 
     share = torch.where(m == -torch.inf, 0.0, s * shift.exp())
     total = share.sum(0)
     mean = torch.where(m == -torch.inf, 0.0, share * (mu + shift)).sum(0) / total
-    return ((z_y.amax(0) - m.amax(0)) - total.log()).clamp(max=0), total.log() - mean
+    counts = (total != 0) | (m.amax(0) != 0)  # rows that do not count have 0 everywhere; a maximum counts 1 in total
+    logprobs, entropy = ((z_y.amax(0) - m.amax(0)) - total.log()).clamp(max=0), total.log() - mean
+    return torch.where(counts, logprobs, 0), torch.where(counts, entropy, 0)
 
 
 def linear_policy_loss(

@@ -200,9 +200,26 @@ def test_parts_of_a_vocabulary_merge(backend: str, logits_dtype: str) -> None:
     assert torch.equal(stats[0][3] == -torch.inf, (targets >= 90) & options["mask"])
     want = ops.linear_logprobs(hidden, weight, targets, bias=bias, backend="reference", **options)
     for got, expected in zip(ops.merge_logprob_stats(stats), want, strict=True):
-        torch.testing.assert_close(torch.where(options["mask"], got, 0), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="no gradient flows to weight; call it under"):
         ops.linear_logprob_stats(hidden, weight.requires_grad_(), targets)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_part_of_a_vocabulary_ignores_what_the_whole_ignores(backend: str) -> None:
+    """ignore_index is compared with a target as given: the token 100 below a part's first is not ignored there."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 8, generator=g), torch.randn(300, 8, generator=g)
+    targets = torch.tensor([0, 100, -100, 299])
+    stats = [
+        ops.linear_logprob_stats(hidden, weight[a : a + 100], targets, vocabulary_start=a, backend=backend)
+        for a in (0, 100, 200)
+    ]
+    for part in stats:
+        assert not any(x[2] for x in part) and part[0][:2].all()
+    want = ops.linear_logprobs(hidden, weight, targets, backend="reference")
+    for got, expected in zip(ops.merge_logprob_stats(stats), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_columns_in_one_tile_or_in_several() -> None:

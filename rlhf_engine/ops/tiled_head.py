@@ -21,7 +21,7 @@ from rlhf_engine import reference
 from rlhf_engine.ops.head_operators import EXTRAS, SCHEMAS, STATISTICS, TRITON_SCHEMAS
 from rlhf_engine.ops.objective import Objective
 from rlhf_engine.ops.products import exact
-from rlhf_engine.ops.rows import Rows, find, host_knows
+from rlhf_engine.ops.rows import DEAD, Rows, find, host_knows
 from rlhf_engine.ops.tiles import SHAPES, Gradients, Head, Shape
 from rlhf_engine.reference import TokenLoss
 
@@ -72,7 +72,9 @@ class TiledHead:
     def linear_logprob_stats(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary_start: int, **options: Any
     ) -> tuple[Tensor, ...]:
-        head, rows = self._prepare(hidden, weight, targets - vocabulary_start, rows=None, **options)
+        head, rows = self._prepare(hidden, weight, targets, rows=None, **options)
+        here = rows.targets - vocabulary_start  # behind the look at ignore_index, which is one of the whole vocabulary
+        rows = replace(rows, targets=torch.where(rows.targets == DEAD, DEAD, here))
         with exact(hidden.device.type), torch.no_grad():
             statistics = _fold_all(hidden.reshape(-1, hidden.shape[-1]), head, rows)
         named = dict(zip(STATISTICS, statistics, strict=False))
