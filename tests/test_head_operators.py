@@ -259,6 +259,18 @@ def test_temperatures_by_row() -> None:
         ops.token_logprobs(logits, targets, temperature=each.requires_grad_())
 
 
+def test_numbers_by_row_and_by_token_have_any_stride() -> None:
+    logits, targets = case(300, rows=6)
+    spread, one = torch.rand(12)[::2] + 0.5, torch.tensor([0.7]).expand(6)
+    for each in (spread, one):
+        got = ops.token_logprobs(logits, targets, temperature=each)[0]
+        assert torch.equal(got, ops.token_logprobs(logits, targets, temperature=each.clone())[0])
+    weight = torch.randn(300, 8)
+    for bias in (torch.randn(600)[::2], torch.ones(1).expand(300)):
+        got = ops.linear_logprobs(logits[:, :8], weight, targets, bias=bias)[0]
+        assert torch.equal(got, ops.linear_logprobs(logits[:, :8], weight, targets, bias=bias.clone())[0])
+
+
 def test_a_target_that_is_not_there_is_never_a_plausible_number() -> None:
     """The front door refuses it; the operators, which a graph may call without, give NaN in that row alone."""
     logits, targets = case(300, rows=4)

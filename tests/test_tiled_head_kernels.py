@@ -136,6 +136,17 @@ def case_unread_mask() -> None:
         assert not got["hidden"][~mask].any()
 
 
+def case_any_stride() -> None:
+    """A weight held as (H, V), and a bias that is every other number: copied, not misread."""
+    for mode in ("float32", "input"):
+        made = tensors(torch.bfloat16)
+        spread = made | {"weight": made["weight"].t().contiguous().t(), "bias": made["bias"].repeat_interleave(2)[::2]}
+        want = ops_of("triton")[0](**made, extras=(), **options(logits_dtype=mode))
+        got = ops_of("triton")[0](**spread, extras=(), **options(logits_dtype=mode))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
 def case_scaled_and_given() -> None:
     """The upstream gradient arrives on the device; where it comes too late, NaN."""
     from rlhf_engine import ops
@@ -164,6 +175,7 @@ INTERPRETED: dict[str, Callable[[], None]] = {
     **{f"frozen-{'-'.join(frozen)}": partial(case_frozen, frozen) for frozen in (("weight", "bias"), ("hidden",))},
     "same-bits": case_same_bits,
     "unread-mask": case_unread_mask,
+    "any-stride": case_any_stride,
     "scaled-and-given": case_scaled_and_given,
 }
 

@@ -38,9 +38,7 @@ class FromLogits:
             )  # fmt: skip
         active = targets != ignore_index if mask is None else (targets != ignore_index) & mask
         y = torch.where(active, targets.long(), DEAD).reshape(-1)
-        each = (
-            temperature.detach().float().expand(targets.shape).reshape(-1) if isinstance(temperature, Tensor) else None
-        )
+        each = temperature.detach().float().reshape(-1).contiguous() if isinstance(temperature, Tensor) else None
         inverse = 1.0 if isinstance(temperature, Tensor) else 1 / temperature
         logprobs, entropy, *more = _TokenLogprobs.apply(
             _rows(logits), y, self, (None, each, None, 1.0, 0.0, inverse, 0, DEAD), bool(extras), inplace_backward

@@ -129,7 +129,7 @@ class TiledHead:
         shape = self.shape or SHAPES[hidden.device.type]
         each = temperature if isinstance(temperature, Tensor) else None
         head = Head(
-            self.call, weight.detach(), None if bias is None else bias.detach().float(),
+            self.call, weight.detach(), None if bias is None else bias.detach().float().contiguous(),
             1.0 if isinstance(temperature, Tensor) else temperature, found.pick(each), logit_scale, softcap or 0.0,
             torch.float32 if logits_dtype == "float32" else hidden.dtype,
             shape if memory_budget is None else replace(shape, budget=memory_budget), extras,

@@ -91,6 +91,11 @@ class Head:
         )
         return shape.tallest if same else shape.rows
 
+    @functools.cached_property
+    def dense_weight(self) -> Tensor:
+        """With its columns next to each other, as the kernel that reads single rows wants it; products take any."""
+        return self.weight if self.weight.stride(1) == 1 else self.weight.contiguous()
+
     def segments(self) -> Iterator[Segment]:
         for start in range(0, self.weight.shape[0], self.shape.tokens):
             tokens = slice(start, min(start + self.shape.tokens, self.weight.shape[0]))
@@ -117,7 +122,7 @@ class Head:
     def _target_logits(self, block: Block) -> Tensor:
         """In float32, to stand for the rounded ones: else a likely token's log-prob may come out positive."""
         if self.on_gpu:
-            return self.call.target_logits(block.hidden, self.weight, block.targets, DEAD)
+            return self.call.target_logits(block.hidden, self.dense_weight, block.targets, DEAD)
         known = (block.targets >= 0) & (block.targets < self.weight.shape[0])
         rows = self.weight[torch.where(known, block.targets, 0)]
         return (block.hidden.float() * rows.float()).sum(1)
