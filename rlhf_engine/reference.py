@@ -548,18 +548,24 @@ def reduce_loss(
     `active` (n,): which rows count, where that is not known before.
     """
     loss_n, per_token = token_loss if isinstance(token_loss, tuple) else (token_loss, {})
+    for name, x in {"loss": loss_n, **per_token}.items():  # (n, 1) times weights (n,) would be (n, n)
+        if not isinstance(x, Tensor) or x.shape != rows.shape:
+            seen = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"linear_policy_loss: token_loss must give {name} {tuple(rows.shape)}, got {seen}")
+    loss_n = _up(loss_n)
     if weights is not None:
         loss_n = loss_n * _up(weights.detach().reshape(-1)[rows])
     if active is not None:
         loss_n = torch.where(active, loss_n, 0)
-        per_token = {name: torch.where(active, value_n, 0) for name, value_n in per_token.items()}
     count = torch.tensor(rows.numel(), device=loss_n.device) if active is None else active.sum()
     total = torch.as_tensor(count if denom is None else denom).detach().to(loss_n)
     metrics = {count_name: count.double()}
     for name, value_n in per_token.items():
-        value_n = value_n.detach().double()
-        if "_max" in name:
-            metrics[name] = value_n.amax() if rows.numel() else value_n.new_zeros(())
-        else:
+        value_n, largest = value_n.detach().double(), "_max" in name
+        if active is not None:
+            value_n = torch.where(active, value_n, -torch.inf if largest else 0)
+        if not largest:
             metrics[f"{name}_sum"] = value_n.sum()
+        else:
+            metrics[name] = torch.where(count > 0, value_n.amax(), 0) if rows.numel() else value_n.new_zeros(())
     return loss_n.sum() / torch.where(total <= 0, 1, total), metrics

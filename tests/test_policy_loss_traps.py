@@ -214,6 +214,35 @@ def test_an_exact_zero_upstream_hides_even_nan() -> None:
     assert hidden.grad.isfinite().all() and not hidden.grad[4].any() and made["weight"].grad.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_token_loss_gives_has_a_number_a_row(backend: str) -> None:
+    """(n, 1) times weights (n,) would be (n, n), and a mean would count as one token's loss."""
+    made = case() | {"weights": torch.ones(N), "denom": float(N), "backend": backend}
+    for wrong, seen in (
+        (lambda p, e, r: -p[:, None], rf"loss \(\d+,\), got \(\d+, 1\)"),
+        (lambda p, e, r: -p.mean(), r"loss \(\d+,\), got \(\)"),
+        (lambda p, e, r: None, r"loss \(\d+,\), got NoneType"),
+        (lambda p, e, r: (-p, {"kl": p.mean()}), r"kl \(\d+,\), got \(\)"),
+    ):
+        with pytest.raises(ValueError, match="^linear_policy_loss: token_loss must give " + seen):
+            ops.linear_policy_loss(**made | {"token_loss": wrong})
+    made["token_loss"] = ops.ppo_token_loss(torch.zeros(N + 1), torch.zeros(N + 1))
+    with pytest.raises(ValueError, match=r"^linear_policy_loss: old_logprobs \(74,\) does not match targets \(73,\)"):
+        ops.linear_policy_loss(**made)
+    narrow = ops.linear_policy_loss(**made | {"token_loss": lambda p, e, r: -p.bfloat16()})[0]
+    assert narrow.dtype is torch.float32
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_largest_number_below_zero(monkeypatch: pytest.MonkeyPatch, blind: bool) -> None:
+    monkeypatch.setattr("rlhf_engine.ops.rows.host_knows", lambda x: not blind)
+    made = case() | {"token_loss": lambda p, e, r: (-p, {"logprob_max": p})}
+    mask = torch.arange(N) % 3 != 1
+    want = ops.linear_logprobs(made["hidden"], made["weight"], made["targets"])[0][mask].amax()
+    assert ops.linear_policy_loss(**made, mask=mask)[1]["logprob_max"] == want < 0
+    assert ops.linear_policy_loss(**made, mask=torch.zeros_like(mask))[1]["logprob_max"] == 0
+
+
 @pytest.mark.parametrize("blind", [False, True])
 @pytest.mark.parametrize("built_in", [True, False])
 def test_a_mask_that_the_host_does_not_read(monkeypatch: pytest.MonkeyPatch, blind: bool, built_in: bool) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlhf_engine.ops import checks
 from rlhf_engine.ops.backends import select
 from rlhf_engine.ops.head_operators import EXTRAS
+from rlhf_engine.ops.losses import PPOTokenLoss
 from rlhf_engine.reference import TokenLoss
 
 Op = TypeVar("Op", bound=Callable[..., Any])
@@ -237,8 +238,9 @@ def linear_policy_loss(
         loss: 0-d, float32 or better. metrics: 0-d sums, counts and maxima for merge_metrics and finalize_metrics.
 
     Raises:
-        ValueError: as linear_logprobs; weights without denom; in token_loss another tensor that requires grad; on CPU,
-            a backward with other than 1 where grad_weight_out is given (on CUDA it becomes NaN).
+        ValueError: as linear_logprobs; weights without denom; in token_loss another tensor that requires grad, or
+            tensors of a ppo_token_loss that are not shaped like targets; another shape than (n,) from it; on CPU, a
+            backward with other than 1 where grad_weight_out is given (on CUDA it becomes NaN).
         RuntimeError: a second backward.
     """
     op = "linear_policy_loss"
@@ -247,6 +249,8 @@ def linear_policy_loss(
     _check_tiles(op, logits_dtype, count, memory_budget)
     checks.like(op, {"targets": targets}, weights=weights)
     checks.denominator(op, {"targets": targets}, weights, denom)
+    if isinstance(token_loss, PPOTokenLoss):
+        checks.like(op, {"targets": targets}, old_logprobs=token_loss.old_logprobs)
     if grad_weight_out is not None:
         checks.output(op, {"weight": weight}, {"hidden": hidden, "weight": weight}, grad_weight_out=grad_weight_out)
     return select(op, backend, hidden.device.type)(
