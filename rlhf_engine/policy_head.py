@@ -38,8 +38,11 @@ class LinearPolicyHead(nn.Linear):
         self.softcap, self.logit_scale = softcap, logit_scale
 
     @classmethod
-    def borrow(cls, linear: nn.Linear, *, softcap: float | None = None, logit_scale: float = 1.0) -> LinearPolicyHead:
-        """A head that shares the parameters of a linear layer, whatever else they are tied to.
+    def borrow(
+        cls, linear: nn.Linear, *, softcap: float | None = None, logit_scale: float | None = None
+    ) -> LinearPolicyHead:
+        """A head that shares the parameters of a linear layer, whatever else they are tied to. What is not given of
+        softcap and logit_scale is that of the layer, if it is a LinearPolicyHead, else None and 1.
 
         Raises:
             TypeError: something else than a linear layer, such as a LoRA adapter around one: merge it first.
@@ -49,9 +52,12 @@ class LinearPolicyHead(nn.Linear):
                 f"LinearPolicyHead.borrow: needs a torch.nn.Linear, got {type(linear).__name__}; an adapter's own part "
                 "of the logits would be lost, so merge or unload it first"
             )
+        if isinstance(linear, LinearPolicyHead):
+            softcap = linear.softcap if softcap is None else softcap
+            logit_scale = linear.logit_scale if logit_scale is None else logit_scale
         head = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, softcap=softcap, logit_scale=logit_scale,
-            device="meta",
+            linear.in_features, linear.out_features, linear.bias is not None, softcap=softcap,
+            logit_scale=1.0 if logit_scale is None else logit_scale, device="meta",
         )  # fmt: skip
         head.weight = linear.weight
         if linear.bias is not None:

@@ -55,6 +55,11 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: ops.linear_logprobs(HIDDEN, WEIGHT.T, TARGETS),
         "linear_logprobs: weight (3, 9) does not match hidden (4, 3)",
     ),
+    (lambda: ops.linear_logprobs(HIDDEN, WEIGHT[:0], TARGETS), "linear_logprobs: weight (0, 3) is empty"),
+    (
+        lambda: ops.token_logprobs(X[:1].expand(4, 8), TARGETS, inplace_backward=True),
+        "token_logprobs: rows of expanded logits share memory",
+    ),
     (
         lambda: ops.linear_logprobs(HIDDEN, WEIGHT, TARGETS, bias=SCORES),
         "linear_logprobs: bias (4,) does not match weight (9, 3)",
@@ -198,6 +203,19 @@ def test_a_target_is_looked_at_where_it_counts() -> None:
     ops.token_logprobs(X, bad, ignore_index=99)
     with pytest.raises(ValueError, match=r"target 99 at \(2,\) is outside"):
         ops.token_logprobs(X, bad, mask=TARGETS != 1)
+
+
+def test_a_temperature_is_looked_at_where_it_counts() -> None:
+    wild = torch.ones(4).index_fill(0, torch.tensor(2), 0.0)
+    ignored = TARGETS.index_fill(0, torch.tensor(2), -100)
+    rows = torch.tensor([0, 1])
+    ops.token_logprobs(X, ignored, temperature=wild)
+    ops.linear_logprobs(HIDDEN, WEIGHT, ignored, temperature=wild)
+    ops.linear_logprob_stats(HIDDEN, WEIGHT, ignored, temperature=wild)
+    ops.linear_logprobs(HIDDEN, WEIGHT, TARGETS, temperature=wild, rows=rows)
+    for options in ({}, {"rows": rows + 1, "mask": TARGETS != 2}):
+        with pytest.raises(ValueError, match="temperature must be greater than 0 and finite, got 0.0"):
+            ops.linear_policy_loss(HIDDEN, WEIGHT, TARGETS, negative, temperature=wild, **options)
 
 
 @pytest.mark.parametrize("backend", ops.available("linear_policy_loss", "cpu"))

@@ -69,7 +69,13 @@ def test_an_adapter_is_refused() -> None:
 
     with pytest.raises(TypeError, match="got Adapted; an adapter's own part"):
         rl.LinearPolicyHead.borrow(Adapted(H, V))
-    assert rl.LinearPolicyHead.borrow(rl.LinearPolicyHead(H, V)).weight.shape == (V, H)
+
+
+def test_a_head_that_is_borrowed_again_keeps_what_it_does_to_logits() -> None:
+    first = rl.LinearPolicyHead(H, V, softcap=5.0, logit_scale=0.5)
+    again, other = rl.LinearPolicyHead.borrow(first), rl.LinearPolicyHead.borrow(first, softcap=3.0)
+    assert again.weight is first.weight and (again.softcap, again.logit_scale) == (5.0, 0.5)
+    assert (other.softcap, other.logit_scale) == (3.0, 0.5)
 
 
 def test_in_a_model_with_tied_embeddings() -> None:

@@ -76,15 +76,27 @@ def mask(op: str, targets: Tensor, mask: Tensor | None) -> None:
     like(op, {"targets": targets}, mask=mask)
 
 
-def temperature(op: str, temperature: float | Tensor, targets: Tensor, mask: Tensor | None) -> None:
-    """Positive and finite: a number, or a constant for each row, which only a CPU's is read for (else it gives NaN)."""
+def temperature(
+    op: str,
+    temperature: float | Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
+    rows: Tensor | None = None,
+) -> None:
+    """Positive and finite: a number, or a constant for each row. Only a CPU's is read, for rows that count (a GPU gives
+    NaN)."""
     if not isinstance(temperature, Tensor):
         positive(op, temperature=temperature)
         return
     constants(op, {"targets": targets}, temperature=temperature)
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ~((temperature > 0) & (temperature < math.inf))
-        wrong = wrong if mask is None else wrong & mask
+        if rows is not None:
+            named = torch.zeros_like(wrong, memory_format=torch.contiguous_format).view(-1)
+            wrong = wrong & named.index_fill_(0, rows, True).view(wrong.shape)
+        else:
+            wrong = wrong & (targets != ignore_index) if mask is None else wrong & (targets != ignore_index) & mask
         if wrong.any():
             raise ValueError(f"{op}: temperature must be greater than 0 and finite, got {float(temperature[wrong][0])}")
 

@@ -76,8 +76,10 @@ def token_logprobs(
     checks.floating(op, logits=logits)
     checks.same_device(op, {"logits": logits}, targets=targets)
     checks.like(op, {"targets": targets}, mask=mask)
-    checks.temperature(op, temperature, targets, mask)
+    checks.temperature(op, temperature, targets, mask, ignore_index)
     checks.targets(op, targets, mask, ignore_index, logits.shape[-1])
+    if inplace_backward and any(n > 1 and not s for n, s in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"{op}: rows of expanded logits share memory, so inplace_backward has no place for each")
     checks.each_of(op, "extras", extras, EXTRAS)
     return select(op, backend, logits.device.type)(
         logits, targets, temperature=temperature, mask=mask, ignore_index=ignore_index, extras=tuple(extras),
@@ -132,8 +134,9 @@ def linear_logprobs(
             bit of the results. One tile of rows always lives: 64 rows on a CPU, 1,024 on a GPU.
     """
     op = "linear_logprobs"
-    _check_linear(op, hidden, weight, targets, bias, temperature, softcap, logit_scale, mask)
+    _check_linear(op, hidden, weight, targets, bias, softcap, logit_scale, mask)
     _check_rows(op, weight, targets, mask, ignore_index, rows)
+    checks.temperature(op, temperature, targets, mask, ignore_index, rows)
     _check_tiles(op, logits_dtype, count, memory_budget)
     checks.each_of(op, "extras", extras, EXTRAS)
     return select(op, backend, hidden.device.type)(
@@ -180,8 +183,9 @@ def linear_logprob_stats(
         ValueError: as linear_logprobs; where a gradient would be lost, since none flows through.
     """
     op = "linear_logprob_stats"
-    _check_linear(op, hidden, weight, targets, bias, temperature, softcap, logit_scale, mask)
+    _check_linear(op, hidden, weight, targets, bias, softcap, logit_scale, mask)
     checks.integers(op, targets)
+    checks.temperature(op, temperature, targets, mask, ignore_index)
     _check_tiles(op, logits_dtype, count, memory_budget)
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if x is not None and x.requires_grad and torch.is_grad_enabled():
@@ -244,8 +248,9 @@ def linear_policy_loss(
         RuntimeError: a second backward.
     """
     op = "linear_policy_loss"
-    _check_linear(op, hidden, weight, targets, bias, temperature, softcap, logit_scale, mask)
+    _check_linear(op, hidden, weight, targets, bias, softcap, logit_scale, mask)
     _check_rows(op, weight, targets, mask, ignore_index, rows)
+    checks.temperature(op, temperature, targets, mask, ignore_index, rows)
     _check_tiles(op, logits_dtype, count, memory_budget)
     checks.like(op, {"targets": targets}, weights=weights)
     checks.denominator(op, {"targets": targets}, weights, denom)
@@ -287,7 +292,6 @@ def _check_linear(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
     mask: Tensor | None,
@@ -296,6 +300,8 @@ def _check_linear(
         raise ValueError(f"{op}: targets {checks.shape(targets)} does not match hidden {checks.shape(hidden)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"{op}: weight {checks.shape(weight)} does not match hidden {checks.shape(hidden)}")
+    if not weight.numel():
+        raise ValueError(f"{op}: weight {checks.shape(weight)} is empty")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias {checks.shape(bias)} does not match weight {checks.shape(weight)}")
     checks.floating(op, hidden=hidden)
@@ -304,5 +310,4 @@ def _check_linear(
             raise ValueError(f"{op}: {name} is {x.dtype}, hidden {hidden.dtype}; cast one of them")
     checks.same_device(op, {"hidden": hidden}, weight=weight, targets=targets, bias=bias)
     checks.mask(op, targets, mask)
-    checks.temperature(op, temperature, targets, mask)
     checks.positive(op, softcap=softcap, logit_scale=logit_scale)
