@@ -219,7 +219,7 @@ def test_what_a_token_loss_gives_has_a_number_a_row(backend: str) -> None:
     """(n, 1) times weights (n,) would be (n, n), and a mean would count as one token's loss."""
     made = case() | {"weights": torch.ones(N), "denom": float(N), "backend": backend}
     for wrong, seen in (
-        (lambda p, e, r: -p[:, None], rf"loss \(\d+,\), got \(\d+, 1\)"),
+        (lambda p, e, r: -p[:, None], r"loss \(\d+,\), got \(\d+, 1\)"),
         (lambda p, e, r: -p.mean(), r"loss \(\d+,\), got \(\)"),
         (lambda p, e, r: None, r"loss \(\d+,\), got NoneType"),
         (lambda p, e, r: (-p, {"kl": p.mean()}), r"kl \(\d+,\), got \(\)"),
