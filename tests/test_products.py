@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from rlhf_engine import ops
 from rlhf_engine.ops import products
 
 
@@ -36,6 +37,17 @@ def test_a_library_that_sums_in_another_order_is_found_out(monkeypatch: pytest.M
         with monkeypatch.context() as patch:
             patch.setattr(products, name, function)
             assert not products.heights_agree(*shape)
+
+
+def test_whatever_device_is_the_default() -> None:
+    hidden, weight, targets = torch.randn(200, 8), torch.randn(300, 8), torch.zeros(200, dtype=torch.int64)
+    want = ops.linear_logprobs(hidden, weight, targets)
+    products._heights_agree.cache_clear()
+    with torch.device("meta"):
+        hidden.requires_grad_()
+        got = ops.linear_logprobs(hidden, weight, targets)
+        got[0].sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and hidden.grad is not None
 
 
 def test_every_shape_and_number_of_threads_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,7 +234,8 @@ def linear_policy_loss(
         denom: the global count, known before the forward; None is this call's number of tokens.
         grad_weight_out: (V, H) float32, contiguous. The gradient in the weight is added to it, in the forward, and
             weight.grad stays as it is: over micro-batches that keeps float32 where weight.grad would be rounded each
-            time. backward must then come to this loss with 1: scale by denom or weights, not afterwards.
+            time. backward must then come to this loss with 1: scale by denom or weights, not afterwards. Not in a
+            checkpointed region, which would add it twice (use_reentrant=False).
         hidden, weight, targets, bias, temperature, softcap, logit_scale, mask, ignore_index, rows, logits_dtype, count,
             memory_budget, backend: see linear_logprobs.
 
@@ -258,12 +259,20 @@ def linear_policy_loss(
         checks.like(op, {"targets": targets}, old_logprobs=token_loss.old_logprobs)
     if grad_weight_out is not None:
         checks.output(op, {"weight": weight}, {"hidden": hidden, "weight": weight}, grad_weight_out=grad_weight_out)
+        if torch.is_grad_enabled() and _runs_twice():
+            raise ValueError(f"{op}: a checkpointed region would add to grad_weight_out twice; leave the loss outside")
     return select(op, backend, hidden.device.type)(
         hidden, weight, targets, token_loss, bias=bias, temperature=temperature, softcap=softcap,
         logit_scale=logit_scale, mask=mask, ignore_index=ignore_index, rows=rows, weights=weights, denom=denom,
         grad_weight_out=grad_weight_out,
         logits_dtype=logits_dtype, count=count, memory_budget=memory_budget,
     )  # fmt: skip
+
+
+def _runs_twice() -> bool:
+    """In torch.utils.checkpoint with use_reentrant=False; the other kind runs first without gradients."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def _check_tiles(op: str, logits_dtype: str, count: str, memory_budget: int | None) -> None:

@@ -24,7 +24,8 @@ def heights_agree(step: int, most: int, width: int, tokens: int, dtype: torch.dt
 @functools.cache
 def _heights_agree(step: int, most: int, width: int, tokens: int, dtype: torch.dtype, threads: int) -> bool:
     rng = torch.Generator().manual_seed(0)
-    with _disable_current_modes(), torch.no_grad():  # not of the work that a counter of operations is to see
+    # Whatever device is the default; and this is not of the work that a counter of operations is to see.
+    with torch.device("cpu"), _disable_current_modes(), torch.no_grad():
         hidden, dz, weight = (
             torch.randn(n, m, generator=rng).to(dtype) for n, m in ((most, width), (most, tokens), (tokens, width))
         )

@@ -132,7 +132,7 @@ class TiledHead:
             self.call, weight.detach(), None if bias is None else bias.detach().float().contiguous(),
             1.0 if isinstance(temperature, Tensor) else temperature, found.pick(each), logit_scale, softcap or 0.0,
             torch.float32 if logits_dtype == "float32" else hidden.dtype,
-            shape if memory_budget is None else replace(shape, budget=memory_budget), extras,
+            shape if memory_budget is None else replace(shape, budget=int(memory_budget)), extras,  # 2e9, too
         )  # fmt: skip
         return head, found
 
@@ -173,7 +173,7 @@ class _Logprobs(torch.autograd.Function):
         head, rows = replace(ctx.head, weight=weight), ctx.rows
         g_l, g_e = rows.pick(grad_logprobs), rows.pick(grad_entropy)
         if host_knows(hidden):  # rows without an upstream gradient cost nothing
-            wanted = sum((g != 0 for g in (g_l, g_e) if g is not None), torch.zeros(len(rows), dtype=torch.bool))
+            wanted = sum((g != 0 for g in (g_l, g_e) if g is not None), torch.zeros_like(rows.index, dtype=torch.bool))
             kept = wanted.nonzero().squeeze(1)
             g_l, g_e = (None if g is None else g[kept] for g in (g_l, g_e))
             head, rows, statistics = head.only(kept), rows.only(kept), statistics[:, kept]
