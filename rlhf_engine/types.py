@@ -94,7 +94,9 @@ class Rollout:
     hidden: dict[int, Tensor] = field(
         default_factory=dict
     )  # frozen trunk: layer index -> (B, S, H) input of that layer
-    sampled: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # a micro-batch -> what sampled_rows gave
+    sampled: dict[tuple[int, int], Tensor] = field(
+        default_factory=dict, init=False
+    )  # a micro-batch -> what sampled_rows gave; a copy with another mask (dataclasses.replace) begins anew
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

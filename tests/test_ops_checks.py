@@ -171,6 +171,12 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         "value_loss: denom must be a number or a 0-d tensor, got (4,)",
     ),
     (
+        lambda: ops.linear_policy_loss(
+            HIDDEN, WEIGHT, TARGETS, negative, weights=torch.ones(4, requires_grad=True), denom=1.0
+        ),
+        "linear_policy_loss: weights requires grad, but the loss treats it as a constant; pass weights.detach()",
+    ),
+    (
         lambda: ops.ppo_loss(X, X, X.clone().requires_grad_(), MASK),
         "ppo_loss: advantages requires grad, but the loss treats it as a constant; pass advantages.detach()",
     ),

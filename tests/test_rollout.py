@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -222,3 +223,12 @@ def test_logits_that_are_nan_stop_the_rollout() -> None:
         model.get_output_embeddings().weight[3] = torch.nan
     with pytest.raises(ValueError, match="logits hold NaN"):
         draw(model)
+
+
+def test_a_copy_with_another_mask_finds_its_own_rows() -> None:
+    batch = draw(tiny_lm())
+    cut = batch.micro_batches[0]
+    before = batch.sampled_rows(cut)
+    copy = dataclasses.replace(batch, response_mask=batch.response_mask & (torch.arange(len(batch)) > 0)[:, None])
+    assert torch.equal(copy.sampled_rows(cut), copy.response_mask[cut].reshape(-1).nonzero().squeeze(1))
+    assert batch.sampled_rows(cut) is before

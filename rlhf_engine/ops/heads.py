@@ -253,7 +253,7 @@ def linear_policy_loss(
     _check_rows(op, weight, targets, mask, ignore_index, rows)
     checks.temperature(op, temperature, targets, mask, ignore_index, rows)
     _check_tiles(op, logits_dtype, count, memory_budget)
-    checks.like(op, {"targets": targets}, weights=weights)
+    checks.constants(op, {"targets": targets}, weights=weights)
     checks.denominator(op, {"targets": targets}, weights, denom)
     if isinstance(token_loss, PPOTokenLoss):
         checks.like(op, {"targets": targets}, old_logprobs=token_loss.old_logprobs)

@@ -68,9 +68,9 @@ def ppo_loss(
     checks.floating(op, **expected)
     checks.constants(
         op, expected, old_logprobs=old_logprobs, advantages=advantages, is_weights=is_weights,
-        ref_logprobs=ref_logprobs,
+        ref_logprobs=ref_logprobs, weights=weights,
     )  # fmt: skip
-    checks.like(op, expected, mask=mask, entropy=entropy, weights=weights)
+    checks.like(op, expected, mask=mask, entropy=entropy)
     checks.denominator(op, expected, weights, denom)
     _check_coefficients(op, clip_low, clip_high, dual_clip, ref_logprobs, kl_coef, kl_kind)
     if entropy_coef and entropy is None:
@@ -176,8 +176,8 @@ def value_loss(
     op = "value_loss"
     expected = {"values": values}
     checks.floating(op, **expected)
-    checks.constants(op, expected, old_values=old_values, returns=returns)
-    checks.like(op, expected, mask=mask, weights=weights)
+    checks.constants(op, expected, old_values=old_values, returns=returns, weights=weights)
+    checks.like(op, expected, mask=mask)
     checks.denominator(op, expected, weights, denom)
     checks.not_negative(op, clip=clip)
     function = select(op, backend, values.device.type)
