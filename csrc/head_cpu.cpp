@@ -187,7 +187,7 @@ void combine(const float* parts, long segments, int fields, long rows, long y, l
     if (fields > kUsualParts) squares += factor * factor * part(i, kPartSquares);
   }
   const bool known = y >= 0 && y < vocabulary;
-  const double ls = sum > 0.0 || sum != sum ? std::log(sum) : kNan, mu = moment / sum;
+  const double ls = std::log(sum), mu = moment / sum;  // of nothing but banned tokens: -inf and NaN
   const double z_y = known ? part(y / kHeadSegment, kPartTarget) : -kInf;
   const double logprob = (z_y - m) - ls;
   out[kLogprob * rows] = known ? static_cast<float>(logprob > 0.0 ? 0.0 : logprob) : kNan;

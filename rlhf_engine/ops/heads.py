@@ -123,8 +123,8 @@ def linear_logprobs(
         mask: (...) bool, on the device of hidden or on the CPU; see token_logprobs, as for ignore_index, extras,
             backend, what is returned and raised.
         ignore_index: targets of this value are masked too.
-        rows: (n,) int64, the rows to score, where they are known (mask and ignore_index are then not looked at). The
-            others give 0.
+        rows: (n,) int64, the rows to score, each once, where they are known (mask and ignore_index are then not looked
+            at). The others give 0.
         logits_dtype: "float32", or "input": tiles of logits are rounded to the dtype of hidden, but for the target's
             own. That is faster where products of that dtype are, and its gradient is rounded alike.
         count: what to do about a mask on a GPU. "device": never wait; all rows go through the matrix products.
@@ -222,8 +222,9 @@ def linear_policy_loss(
     """A policy loss straight from hidden states: sum(weights * token losses) / denom, and its metrics.
 
     A token's gradient is known as soon as its log-prob is, so it is made in the forward, and nothing is computed twice:
-    6NHV operations in matrix products, 4 with a frozen head, 2 without gradients. It is handed over once: a second
-    backward, as with retain_graph, raises. Inside a checkpointed region the forward, and all this with it, runs twice.
+    6NHV operations in matrix products, 4 with a frozen head, 2 without gradients. It is rounded to the inputs' dtype
+    before backward brings a factor, so in float16 scale by denom. It is handed over once: a second backward, as with
+    retain_graph, raises. Inside a checkpointed region the forward, and all this with it, runs twice.
     Under torch.compile the graph breaks around it.
 
     Args:
