@@ -58,11 +58,11 @@ def prepare() -> None:
     for name in ("rlhf_engine", "tests"):
         shutil.copytree(ROOT / name, WORK / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", WORK)
-    reference = WORK / "rlhf_engine/reference.py"
     decorated = re.compile(r"^@torch\.no_grad\(\)\ndef (\w+)", re.M)
-    text = reference.read_text()
-    wrapped = "".join(f"\n{name} = torch.no_grad()({name})" for name in decorated.findall(text))
-    reference.write_text(decorated.sub(r"def \1", text) + wrapped + "\n")
+    for module in (WORK / "rlhf_engine/reference").glob("*.py"):
+        text = module.read_text()
+        wrapped = "".join(f"\n{name} = torch.no_grad()({name})" for name in decorated.findall(text))
+        module.write_text(decorated.sub(r"def \1", text) + wrapped + "\n")
 
 
 def survivor(name: str, path: str) -> dict[str, str]:

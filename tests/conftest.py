@@ -1,6 +1,9 @@
 """How many examples the property tests draw, `pytest --hypothesis-profile=long` for twenty times the usual number; and
-one thread, since tests are small: two spend their time waking each other, ten times as long on a busy machine."""
+one thread, since tests are small: two spend their time waking each other, ten times as long on a busy machine. And the
+verdicts on a module's Triton kernels, from one other process each."""
 
+import kernel_script
+import pytest
 import torch
 from hypothesis import Phase, settings
 
@@ -13,3 +16,13 @@ settings.register_profile(
     "mutants", max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile("usual")
+
+
+@pytest.fixture(scope="module")
+def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return kernel_script.run(request, "interpret", tmp_path_factory.mktemp("interpret"))
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return kernel_script.run(request, "compile", tmp_path_factory.mktemp("compile"))

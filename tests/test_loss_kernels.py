@@ -316,16 +316,6 @@ COMPILED: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return kernel_script.run(request, "interpret", tmp_path_factory.mktemp("interpret"))
-
-
-@pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return kernel_script.run(request, "compile", tmp_path_factory.mktemp("compile"))
-
-
 @pytest.mark.parametrize("case", INTERPRETED)
 def test_in_the_interpreter(case: str, interpreted: dict[str, str]) -> None:
     assert not interpreted[case], interpreted[case]

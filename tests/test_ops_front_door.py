@@ -116,7 +116,8 @@ def test_the_reference_alone_has_the_same_defaults(op: str) -> None:
         door, spec = (getattr(module, op)(**given, **coefficients) for module in (ops, reference))
         if op == "ppo_token_loss":
             door, spec = (function(Z[0], W[0], torch.arange(8, 16)) for function in (door, spec))
-        torch.testing.assert_close(plain(door), plain(spec))
+        # Metrics are float64, but sums of float32 terms: another CPU's exp rounds them another way.
+        torch.testing.assert_close(plain(door), plain(spec), rtol=1.3e-6, atol=1e-5)
 
 
 def plain(result: Any) -> Any:

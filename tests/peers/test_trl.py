@@ -233,11 +233,6 @@ INTERPRETED: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return kernel_script.run(request, "interpret", tmp_path_factory.mktemp("interpret"))
-
-
 @pytest.mark.parametrize("case", INTERPRETED)
 def test_kernels(case: str, interpreted: dict[str, str]) -> None:
     assert not interpreted[case], interpreted[case]
