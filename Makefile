@@ -59,7 +59,7 @@ mutants: setup
 # The same for the reference and the front door, by mutmut: an hour or more. Writes bench/results/mutation.json.
 mutate: setup
 	$(PIP) install $(WITH_LOCK) mutmut
-	$(BIN)/python bench/mutation.py
+	$(BIN)/python bench/tools/mutation.py
 
 # What `make test` leaves out, twenty times as many examples of every C++ op, and the unlocked job: does the newest of
 # everything still import and pass a quick test? Only torch stays as it is in $(VENV), since another build is gigabytes.

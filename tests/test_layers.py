@@ -35,6 +35,7 @@ LAYERS = [
     },
     {"engine", "reward_model", "rewards", "reward_training", "sft", "ranking", "comparisons", "evaluation"},
     {"plots", "report"},
+    {"bench"},
     {"__main__", "cli", "doctor", "pipeline", "integrations"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -46,12 +47,14 @@ THIRD_PARTY = {
     "types": {"torch"},
     "reference": {"torch"},
 }
-SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")])  # rglob does not follow the link
+LINKED = ("kernels", "bench")  # folders of the top level that the package links to: rglob does not follow
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(path for name in LINKED for path in (ROOT / name).rglob("*.py"))])
+SOURCES = [path for path in SOURCES if "tools" not in path.parts]  # bench/tools: scripts for this checkout, not shipped
 
 
 def dotted(path: Path) -> list[str]:
     parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] == "kernels":
+    if parts[0] in LINKED:
         parts = ("rlhf_engine", *parts)
     return list(parts)
 
@@ -89,7 +92,7 @@ def test_imports_point_down(path: Path) -> None:
     assert me in LAYER, f"{path.relative_to(ROOT)} is in no layer: add it to the table at the top of {__file__}"
     for other in ours(path) - {me, "__version__"}:
         if other in ONLY_OPS_IMPORTS:
-            assert me == "ops", f"{me} imports {other}: only ops may; ask ops instead"
+            assert me in ("ops", "bench"), f"{me} imports {other}: only ops may; ask ops instead"
             continue
         assert other in LAYER, f"{me} imports rlhf_engine.{other}, which is in no layer: add it to the table"
         assert LAYER[other] <= LAYER[me], f"{me} (layer {LAYER[me]}) imports {other}, which is above it"

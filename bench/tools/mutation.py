@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build/mutation"
 RESULT = ROOT / "bench/results/mutation.json"
 KILLED = {1: "killed", 3: "killed", -9: "crash", -11: "crash", 24: "timeout", -24: "timeout", 36: "timeout"}

@@ -1,4 +1,4 @@
-"""What makes the demo's steps fast on CPUs, each against the plain way: `python bench/cpu_parts.py`.
+"""What makes the demo's steps fast on CPUs, each against the plain way: `python bench/tools/cpu_parts.py`.
 
 Every answer is checked before its time is printed. Shapes are the demo's: 320 tokens of SmolLM2-135M, 64 rows of its
 vocabulary, the reward model's features of 4096 texts.

@@ -1,4 +1,4 @@
-"""Puts the figures and the picture of a finished run into README.md: `python bench/demo_to_readme.py runs/demo`.
+"""Puts the figures and the picture of a finished run into README.md: `python bench/tools/demo_to_readme.py runs/demo`.
 
 The table between the two markers is written by this script alone, from summary.json, which it keeps in bench/results/.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 from rlhf_engine import report
 
-ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- demo figures: bench/demo_to_readme.py -->", "<!-- end of demo figures -->"
+ROOT = Path(__file__).resolve().parents[2]
+START, END = "<!-- demo figures: bench/tools/demo_to_readme.py -->", "<!-- end of demo figures -->"
 
 
 def rows(s: dict[str, Any]) -> list[tuple[str, str]]:
@@ -72,5 +72,5 @@ def main(run: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python bench/demo_to_readme.py RUN_FOLDER")
+        sys.exit("usage: python bench/tools/demo_to_readme.py RUN_FOLDER")
     main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What a call of a loss-side op costs beyond its kernel: `python bench/overhead.py`.
+"""What a call of a loss-side op costs beyond its kernel: `python bench/tools/overhead.py`.
 
 On 4 sequences of 8 tokens a kernel takes next to nothing, so the time is that of getting there: the checks of the front
 door, the adaptor, torch's dispatcher. Three ways in, answers compared first: the op, its operator, bare addresses.

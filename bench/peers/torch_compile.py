@@ -1,0 +1,78 @@
+"""torch.compile of the usual way, for the ops that it can fuse: everything but the recurrence of GAE."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_engine import reference
+from rlhf_engine.bench import head_cases, ops_cases
+from rlhf_engine.bench.case import Answer, Tensors
+from rlhf_engine.bench.peers import Offer, Peer, torch_eager
+
+
+@torch.compile(dynamic=True)
+def _logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return torch_eager.log_softmax_logprobs(logits, targets)
+
+
+@torch.compile(dynamic=True)
+def _policy(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """By multiplication with the mask, which a compiler can fuse, where the reference gathers."""
+    ratio = (logprobs - old).clamp(-20, 20).exp()
+    clip = ratio.clamp(1 - ops_cases.CLIP, 1 + ops_cases.CLIP)
+    loss = torch.maximum(-advantages * ratio, -advantages * clip)
+    loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * ops_cases.DUAL_CLIP), loss)
+    return (loss * mask).sum() / mask.sum()
+
+
+@torch.compile(dynamic=True)
+def _value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    clip = old + (values - old).clamp(-ops_cases.CLIP, ops_cases.CLIP)
+    return 0.5 * (torch.maximum((values - returns) ** 2, (clip - returns) ** 2) * mask).sum() / mask.sum()
+
+
+_estimate = torch.compile(lambda a, b: reference.kl_estimate(a, b, kind="k3"), dynamic=True)
+
+
+def ppo_loss(x: Tensors) -> Answer:
+    names = ("logprobs", "old_logprobs", "advantages", "mask")
+    return ops_cases.with_gradient(x, "logprobs", lambda x: _policy(*(x[name] for name in names)))
+
+
+def value_loss(x: Tensors) -> Answer:
+    names = ("values", "old_values", "returns", "mask")
+    return ops_cases.with_gradient(x, "values", lambda x: _value(*(x[name] for name in names)))
+
+
+def kl_estimate(x: Tensors) -> Answer:
+    return {"kl": _estimate(x["logprobs"], x["ref_logprobs"])}
+
+
+def token_logprobs(x: Tensors) -> Answer:
+    with torch.no_grad():
+        logprobs, entropy = _logprobs(x["logits"], x["targets"])
+    return {"logprobs": logprobs, "entropy": entropy}
+
+
+def token_logprobs_backward(x: Tensors) -> Answer:
+    return torch_eager.token_logprobs_backward(x, _logprobs)
+
+
+def linear_policy_loss(x: Tensors) -> Answer:
+    def outputs(hidden: Tensor, weight: Tensor) -> tuple[Answer, list[Tensor], None]:
+        loss = torch_eager.clipped(x, *_logprobs(F.linear(hidden, weight), x["targets"]))
+        return {"loss": loss}, [loss], None
+
+    return head_cases.with_gradients(x, outputs)
+
+
+PEERS = [
+    Peer(
+        "torch.compile", "torch", "",
+        {f.__name__: Offer(f) for f in (
+            ppo_loss, value_loss, kl_estimate, token_logprobs, token_logprobs_backward, linear_policy_loss,
+        )}, lambda: torch.__version__,
+    )
+]  # fmt: skip

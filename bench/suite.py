@@ -1,0 +1,115 @@
+"""Runs cases: every answer is checked before anything is timed, and a wrong one gets no time."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from rlhf_engine.bench.case import OURS, Answer, Case, Tensors, Way, errors, wrong
+from rlhf_engine.bench.clock import Timing, first_call, measure, ratio
+from rlhf_engine.bench.machine import Machine
+from rlhf_engine.bench.records import UNCHECKED, Record
+
+MOST_SETS = 32
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a case is timed: until `rounds` rounds or `seconds` have passed, but for three rounds at least."""
+
+    seconds: float = 4.0
+    rounds: int = 25
+
+
+def run(cases: Iterable[Case], machine: Machine, effort: Effort, tell: Callable[[Record], None]) -> int:
+    """Tells of each way at each size; returns how many of OURS were wrong or failed."""
+    bad = 0
+    for case in cases:
+        for record in run_case(case, machine, effort):
+            tell(record)
+            bad += record.way.startswith(OURS) and record.verdict != "right"
+    return bad
+
+
+def run_case(case: Case, machine: Machine, effort: Effort) -> list[Record]:
+    records, alive, sets = {}, {}, input_sets(case, machine)
+    truth = case.truth(sets[0])
+    for way in case.ways:
+        records[way.name] = _record(case, way, len(sets))
+        if judge(case, way, sets[0], truth, machine.device, records[way.name]):
+            alive[way.name] = way
+    del truth
+    free(machine.device)
+    works = {name: _work(way, sets) for name, way in alive.items()}
+    timings = measure(works, machine.device, len(sets), effort.seconds, effort.rounds) if works else {}
+    for name, timing in timings.items():
+        _fill(records[name], timing, machine, case, timings.get(OURS))
+    del sets, works
+    free(machine.device)
+    return list(records.values())
+
+
+def input_sets(case: Case, machine: Machine) -> list[Tensors]:
+    """As many as exceed the cache three times, but no more than an eighth of the memory holds."""
+    generator = torch.Generator(machine.device).manual_seed(0)
+    sets = [case.make(generator)]
+    size = max(1, sum(x.nbytes for x in sets[0].values()))
+    wanted = min(MOST_SETS, math.ceil(3 * machine.cache_bytes / size), machine.memory_bytes // (8 * size))
+    return sets + [case.make(generator) for _ in range(wanted - 1)]
+
+
+def judge(case: Case, way: Way, tensors: Tensors, truth: Answer, device: torch.device, record: Record) -> bool:
+    """Runs a way once and compares; the record says what came of it."""
+    answers: list[Answer] = []
+    try:
+        record.first, record.peak_bytes = first_call(lambda _: answers.append(way.run(tensors)), device)
+        record.errors = errors(answers[0], truth) if way.checked else {}
+    except torch.OutOfMemoryError:
+        record.verdict = "out of memory"
+    except Exception as error:  # a peer's failure is a finding, and must not end the run
+        text = " ".join(str(error).split())
+        record.verdict = f"failed: {type(error).__name__}: {text[:300]}"
+    else:
+        off = wrong(record.errors, case.bounds) if way.checked else ""
+        record.verdict = f"wrong: {off}" if off else "right" if way.checked else UNCHECKED
+    if not record.timed:
+        record.first = record.peak_bytes = None
+    free(device)
+    return record.timed
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _work(way: Way, sets: list[Tensors]) -> Callable[[int], object]:
+    return lambda number: way.run(sets[number])
+
+
+def _record(case: Case, way: Way, sets: int) -> Record:
+    return Record(
+        suite=case.suite, op=case.op, shape=case.shape, dims=case.dims,
+        dtype=str(case.dtype).removeprefix("torch."), way=way.name, version=way.version, note=way.note,
+        bounds=case.bounds, input_sets=sets, bytes_moved=case.bytes_moved, flops=case.flops, convention=case.convention,
+    )  # fmt: skip
+
+
+def _fill(record: Record, timing: Timing, machine: Machine, case: Case, ours: Timing | None) -> None:
+    record.call, record.rounds = asdict(timing.call), len(timing.call_rounds)
+    record.device = asdict(timing.device) if timing.device else None
+    record.peak_bytes = timing.peak_bytes
+    if ours:
+        record.times_ours = ratio(timing.call_rounds, ours.call_rounds)
+        if timing.device_rounds:
+            record.times_ours_device = ratio(timing.device_rounds, ours.device_rounds)
+    seconds = record.seconds
+    if seconds and case.bytes_moved:
+        record.copy_share = case.bytes_moved / seconds / machine.copy_rate
+    if seconds and case.flops and case.dtype in machine.matmul_rates:
+        record.matmul_share = case.flops / seconds / machine.matmul_rates[case.dtype]
