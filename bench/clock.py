@@ -35,12 +35,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    first: float  # seconds of the first call of all
-    call: Spread
+    """Seconds of a call in each round; of the device none on a CPU, nor of a work too slow for rounds."""
+
     call_rounds: list[float]
-    device: Spread | None
     device_rounds: list[float]
     peak_bytes: int | None  # on a GPU, beyond what was there before the call
+
+    @property
+    def call(self) -> Spread:
+        return spread(self.call_rounds)
+
+    @property
+    def device(self) -> Spread | None:
+        return spread(self.device_rounds) if self.device_rounds else None
 
 
 def spread(rounds: list[float]) -> Spread:
@@ -51,6 +58,9 @@ def spread(rounds: list[float]) -> Spread:
 
 
 def ratio(rounds: list[float], to: list[float]) -> float:
+    """The median of ratios within rounds; of medians, where one side was called once."""
+    if len(rounds) != len(to):
+        return statistics.median(rounds) / statistics.median(to)
     return statistics.median(a / b for a, b in zip(rounds, to, strict=True))
 
 
@@ -78,12 +88,12 @@ def measure(
 ) -> dict[str, Timing]:
     """All ways in turns, for about `seconds` in all or `rounds` rounds, whichever ends first, but at least three.
 
-    Each has been called before. A round of a short work is a batch of calls, as long as a clock can tell.
+    Each has been called before. A round of a short work is a batch of calls, as long as a clock can tell. A work that
+    takes longer than `seconds` and twenty times as long as the fastest is called once, outside the turns.
     """
-    first = {
-        name: first_call(work, device) for name, work in works.items()
-    }  # the second call: it allocates, compiles no more
-    batch = {name: max(1, min(200, int(2e-3 / max(took, 1e-7)))) for name, (took, _) in first.items()}
+    second = {name: first_call(work, device) for name, work in works.items()}  # it allocates, and compiles no more
+    patience = max(seconds, 20 * min(took for took, _ in second.values()))
+    batch = {name: max(1, min(200, int(2e-3 / max(took, 1e-7)))) for name, (took, _) in second.items()}
     calls: dict[str, list[float]] = {name: [] for name in works}
     devices: dict[str, list[float]] = {name: [] for name in works}
     start = time.perf_counter()
@@ -91,16 +101,11 @@ def measure(
         if number >= 3 and time.perf_counter() - start > seconds:
             break
         for name, work in works.items():
-            calls[name].append(_call_time(work, device, sets, batch[name]))
-            if device.type == "cuda":
-                devices[name].append(_device_time(work, device, sets, batch[name], calls[name][-1]))
-    return {
-        name: Timing(
-            first[name][0], spread(calls[name]), calls[name],
-            spread(devices[name]) if devices[name] else None, devices[name], first[name][1],
-        )
-        for name in works
-    }  # fmt: skip
+            if second[name][0] <= patience:
+                calls[name].append(_call_time(work, device, sets, batch[name]))
+                if device.type == "cuda":
+                    devices[name].append(_device_time(work, device, sets, batch[name], calls[name][-1]))
+    return {name: Timing(calls[name] or [second[name][0]], devices[name], second[name][1]) for name in works}
 
 
 def _call_time(work: Work, device: torch.device, sets: int, batch: int) -> float:

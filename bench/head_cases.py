@@ -38,8 +38,14 @@ SHAPES = {
         "Qwen2.5-0.5B": (8192, 896, 151_936), "SmolLM2-135M": (8192, 576, 49_152), "odd": (4099, 1000, 50_257),
     },
     "cpu": {"SmolLM2-135M": (2048, 576, 49_152), "odd": (509, 200, 50_257)},
-    "quick": {"SmolLM2-135M, some rows": (128, 576, 49_152), "odd": (67, 40, 1013)},
+    "quick": {"SmolLM2-135M, few rows": (32, 576, 49_152), "odd": (67, 40, 1013)},
 }  # fmt: skip
+# rows, width, vocabularies; Qwen2.5-0.5B's width and vocabulary on a GPU, SmolLM2-135M's on a CPU
+SWEEP = {
+    "cuda": ((1024, 2048, 4096, 8192, 16_384, 32_768), 896, (32_000, 50_257, 128_256, 151_936, 262_144)),
+    "cpu": ((64, 256, 1024), 576, (8192, 32_000, 49_152, 128_256)),
+    "quick": ((8, 64, 128), 64, (1013, 4096, 8192)),
+}
 DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.float32,), "quick": (torch.float32,)}
 NHV = {
     "linear_logprobs": 2, "linear_logprobs_backward": 8, "linear_policy_loss": 6, "linear_policy_loss_25": 1.5,
@@ -55,13 +61,33 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 yield head(op, shape, rows, width, vocabulary, dtype, device)
 
 
-def head(op: str, shape: str, rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Case:
+def sweep(device: torch.device, quick: bool) -> Iterator[Case]:
+    """The policy loss over N and over V, for the pictures of time and memory."""
+    size = "quick" if quick else device.type
+    rows, width, vocabularies = SWEEP[size]
+    dtype, middle = DTYPES[size][0], rows[len(rows) // 2]
+    for count in rows:
+        yield head("linear_policy_loss", "over N", count, width, vocabularies[-2], dtype, device, suite="sweep")
+    for vocabulary in vocabularies:
+        yield head("linear_policy_loss", "over V", middle, width, vocabulary, dtype, device, suite="sweep")
+
+
+def head(
+    op: str,
+    shape: str,
+    rows: int,
+    width: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    suite: str = "head",
+) -> Case:
     solve, share = SOLVE[op], 0.25 if op == "linear_policy_loss_25" else 1.0
     frozen, backward = op == "linear_policy_loss_frozen", op != "linear_logprobs"
     ours = Way(OURS, partial(solve, backend=None), ops.backends.chosen(_front(op), device.type))
     bare = Way("bare products", partial(products, op), note="the products alone, each as one", checked=False)
     return Case(
-        "head", op, shape, {"N": rows, "H": width, "V": vocabulary}, dtype,
+        suite, op, shape, {"N": rows, "H": width, "V": vocabulary}, dtype,
         partial(make, rows, width, vocabulary, dtype, share), partial(truth, op),
         {part: BOUNDS[dtype] for part in PARTS[op]}, [ours, *peers.ways(op, dtype, device), bare],
         bytes_moved=dtype.itemsize * width * (rows * (1 + backward) + vocabulary * (1 + (backward and not frozen))),

@@ -72,11 +72,12 @@ class Run:
 class Journal:
     """Appends lines as they come: what was found before a crash is kept."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, append: bool = False) -> None:
         self.path = path
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
+            if not append:
+                path.unlink(missing_ok=True)
 
     def add(self, line: Record | dict[str, Any]) -> None:
         if not self.path:
@@ -107,7 +108,7 @@ def read(path: Path) -> Run:
         kind = data.pop("kind", "")
         if kind == "measurement":
             records.append(Record(**data))
-        else:
+        elif kind != "environment":  # a later part of the same run repeats it
             others.append({"kind": kind} | data)
     return Run(parsed[0], records, others)
 

@@ -86,3 +86,7 @@ def absent(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> dict[str, s
             if all(unfitting):
                 reasons[f"{peer.name}, {op}"] = unfitting[0]
     return reasons
+
+
+def present() -> list[str]:
+    return [f"{peer.name} {loaded(peer)[0]}: {', '.join(peer.offers)}" for peer in everyone() if not loaded(peer)[1]]

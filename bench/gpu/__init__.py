@@ -1,0 +1,1 @@
+"""What only a GPU can prove: `make gpu`, see __main__.py; one file for each kind of step."""
