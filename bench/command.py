@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +66,15 @@ def run(words: Sequence[str]) -> int:
         return int(done.code or 0)
     unknown = [name for name in asked.names if name not in NAMES]
     if unknown:
-        raise Mistaken(f"there is no benchmark {unknown[0]!r}: choose among {', '.join(NAMES)}")
+        near = difflib.get_close_matches(unknown[0], NAMES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(NAMES)}"
+        raise Mistaken(f"there is no benchmark {unknown[0]!r}; {hint}")
+    if asked.seconds < 0 or asked.threads < 0:
+        raise Mistaken("--seconds and --threads are positive numbers")
+    try:
+        re.compile(asked.only)
+    except re.error as error:
+        raise Mistaken(f"--only {asked.only!r} is no regular expression: {error}") from None
     for path in (*(asked.compare or ()), *([asked.read] if asked.read else [])):
         if not path.is_file():
             raise Mistaken(f"there is no results file {path}")

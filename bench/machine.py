@@ -90,7 +90,7 @@ def environment(machine: Machine, command: str) -> dict[str, Any]:
         "commit": commit(), "versions": versions, "platform": platform.platform(),
         "memory_bytes": machine.memory_bytes, "cache_bytes": machine.cache_bytes, "copy_rate": machine.copy_rate,
         "matmul_rates": {str(k).removeprefix("torch."): v for k, v in machine.matmul_rates.items()},
-        "backends": {op: ops.available(op, machine.device.type) for op in ("gae", "ppo_loss", "linear_policy_loss")},
+        "backends": {op: list(ops.available(op, machine.device.type)) for op in ("gae", "linear_policy_loss")},
     }  # fmt: skip
 
 

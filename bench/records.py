@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_engine.runs import finite
+
 RESULTS = Path(__file__).parent / "results"
 UNCHECKED = "a yardstick"  # it has no answer that could be wrong
 
@@ -24,7 +26,8 @@ class Record:
     version: str = ""
     note: str = ""
     verdict: str = "right"  # else why there is no time: a wrong answer, a failure, no memory
-    errors: dict[str, float] = field(default_factory=dict)  # of each part of the answer, relative to its largest number
+    # of each part of the answer, relative to its largest number; None where it is missing or not finite
+    errors: dict[str, float | None] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
     first: float | None = None  # the first call, with its compilation
     call: dict[str, float] | None = None  # median, low, high (see clock.Spread), by the host's clock
@@ -84,7 +87,7 @@ class Journal:
             return
         data = {"kind": "measurement"} | asdict(line) if isinstance(line, Record) else line
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(data) + "\n")
+            file.write(json.dumps(finite(data), allow_nan=False) + "\n")
 
 
 def read(path: Path) -> Run:

@@ -76,14 +76,15 @@ def judge(case: Case, way: Way, tensors: Tensors, truth: Answer, device: torch.d
     answers: list[Answer] = []
     try:
         record.first, record.peak_bytes = first_call(lambda _: answers.append(way.run(tensors)), device)
-        record.errors = errors(answers[0], truth) if way.checked else {}
+        found = errors(answers[0], truth) if way.checked else {}
     except torch.OutOfMemoryError:
         record.verdict = "out of memory"
     except Exception as error:  # a peer's failure is a finding, and must not end the run
         text = " ".join(str(error).split())
         record.verdict = f"failed: {type(error).__name__}: {text[:300]}"
     else:
-        off = wrong(record.errors, case.bounds) if way.checked else ""
+        record.errors = {part: error if math.isfinite(error) else None for part, error in found.items()}
+        off = wrong(found, case.bounds)
         record.verdict = f"wrong: {off}" if off else "right" if way.checked else UNCHECKED
     if not record.timed:
         record.first = record.peak_bytes = None
@@ -92,8 +93,8 @@ def judge(case: Case, way: Way, tensors: Tensors, truth: Answer, device: torch.d
 
 
 def free(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -60,7 +60,11 @@ def line(record: Record) -> str:
         return f"{name:26}  no time shown: {record.verdict}"
     timed = record.device or record.call or {"median": math.nan, "low": math.nan, "high": math.nan}
     times = record.times_ours_device if record.device else record.times_ours
-    error = record.verdict if record.verdict == UNCHECKED else f"{max(record.errors.values(), default=0.0):.0e}"
+    error = (
+        record.verdict
+        if record.verdict == UNCHECKED
+        else f"{max((x or 0.0 for x in record.errors.values()), default=0.0):.0e}"
+    )
     cells = [
         f"{duration(record.call['median'] if record.call else None):>10}",
         f"{duration(record.device['median'] if record.device else None):>10}",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,12 +16,16 @@ from rlhf_engine.bench.case import Answer, Tensors
 from rlhf_engine.bench.peers import Offer, Peer, torch_eager
 
 
-@torch.compile(dynamic=True)
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """On first use: to set up the compiler takes seconds."""
+    return torch.compile(function, dynamic=True)
+
+
 def _logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return torch_eager.log_softmax_logprobs(logits, targets)
+    return _compiled(torch_eager.log_softmax_logprobs)(logits, targets)
 
 
-@torch.compile(dynamic=True)
 def _policy(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """By multiplication with the mask, which a compiler can fuse, where the reference gathers."""
     ratio = (logprobs - old).clamp(-20, 20).exp()
@@ -27,27 +35,27 @@ def _policy(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> 
     return (loss * mask).sum() / mask.sum()
 
 
-@torch.compile(dynamic=True)
 def _value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     clip = old + (values - old).clamp(-ops_cases.CLIP, ops_cases.CLIP)
     return 0.5 * (torch.maximum((values - returns) ** 2, (clip - returns) ** 2) * mask).sum() / mask.sum()
 
 
-_estimate = torch.compile(lambda a, b: reference.kl_estimate(a, b, kind="k3"), dynamic=True)
+def _estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    return reference.kl_estimate(logprobs, ref_logprobs, kind="k3")
 
 
 def ppo_loss(x: Tensors) -> Answer:
     names = ("logprobs", "old_logprobs", "advantages", "mask")
-    return ops_cases.with_gradient(x, "logprobs", lambda x: _policy(*(x[name] for name in names)))
+    return ops_cases.with_gradient(x, "logprobs", lambda x: _compiled(_policy)(*(x[name] for name in names)))
 
 
 def value_loss(x: Tensors) -> Answer:
     names = ("values", "old_values", "returns", "mask")
-    return ops_cases.with_gradient(x, "values", lambda x: _value(*(x[name] for name in names)))
+    return ops_cases.with_gradient(x, "values", lambda x: _compiled(_value)(*(x[name] for name in names)))
 
 
 def kl_estimate(x: Tensors) -> Answer:
-    return {"kl": _estimate(x["logprobs"], x["ref_logprobs"])}
+    return {"kl": _compiled(_estimate)(x["logprobs"], x["ref_logprobs"])}
 
 
 def token_logprobs(x: Tensors) -> Answer:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlhf_engine import __version__
+from rlhf_engine.bench import command as bench
 from rlhf_engine.cli import arguments, doctor, paths
 from rlhf_engine.cli import help as helping
 from rlhf_engine.cli.mistakes import Mistake, nearest
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             return _report(words[1:])
         if command == "doctor":
             return doctor.run(words[1:])
+        if command == "bench":
+            return bench.run(words[1:])
         config = arguments.parse(command, words[1:])
         if config is None:
             return 0

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ppo": ("fine-tune the model against the reward", ("data", "reward", "ppo", "evaluate")),
     "generate": ("sample from a model", ()),
     "report": ("write report.html of a run folder", ()),
+    "bench": ("check every op's answer, then time it, beside what other packages do", ()),
     "doctor": ("is this installation whole, and how to mend what is not", ()),
 }
 COMMON = {

@@ -1,0 +1,254 @@
+"""The benchmark harness: no time without a right answer, times that mean what they say, results that survive."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_engine.bench import clock, command, head_cases, machine, ops_cases, plots, records, suite, suites, table
+from rlhf_engine.bench.case import OURS, Answer, Case, Tensors, Way, errors, wrong
+
+CPU = torch.device("cpu")
+HERE = machine.Machine(CPU, "a test, 1 thread", 2**34, 2**20, 1e10, {torch.float32: 1e11})
+EFFORT = suite.Effort(0.05, 5)
+
+
+def square(x: Tensors) -> Answer:
+    return {"y": x["x"] * x["x"]}
+
+
+def case(**ways: Any) -> Case:
+    return Case(
+        "ops", "square", "any", {"N": 1000}, torch.float32,
+        lambda generator: {"x": torch.randn(1000, generator=generator)}, square, {"y": 1e-6},
+        [Way(name, run) for name, run in ways.items()], bytes_moved=8000, flops=1000,
+    )  # fmt: skip
+
+
+def run(case: Case) -> dict[str, records.Record]:
+    return {record.way: record for record in suite.run_case(case, HERE, EFFORT)}
+
+
+def raises(x: Tensors) -> Answer:
+    raise RuntimeError("no\n such kernel")
+
+
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [
+        (lambda x: {"y": x["x"] * x["x"] + 1e-4}, "y is off by"),
+        (lambda x: {"y": x["x"].square().where(x["x"] > -3, torch.nan)}, "y is off by inf"),
+        (lambda x: {}, "y is off by inf"),
+        (lambda x: {"y": x["x"][:-1].square()}, "y is off by inf"),
+        (raises, "RuntimeError: no such kernel"),
+    ],
+    ids=["wrong", "nan", "missing", "shape", "raises"],
+)
+def test_a_wrong_answer_gets_no_time_and_ends_nothing(way: Any, why: str) -> None:
+    told = list[records.Record]()
+    assert suite.run([case(**{OURS: square, "theirs": way})], HERE, EFFORT, told.append) == 0
+    ours, theirs = told
+    assert why in theirs.verdict and ours.verdict == "right"
+    assert (theirs.first, theirs.call, theirs.times_ours, theirs.peak_bytes) == (None, None, None, None)
+    assert ours.call and ours.times_ours == 1.0 and "no time shown" in table.line(theirs)
+    assert suite.run([case(**{OURS: way, "theirs": square})], HERE, EFFORT, told.append) == 1
+
+
+def test_errors_are_relative_to_the_largest_number_of_a_part() -> None:
+    truth = {"a": torch.tensor([1.0, -200.0]), "b": torch.zeros(2), "c": torch.zeros(0)}
+    found = errors({"a": torch.tensor([1.0, -199.0]), "b": torch.tensor([0.0, 0.5]), "c": torch.zeros(0)}, truth)
+    assert found == {"a": 1 / 200, "b": 0.5, "c": 0.0}
+    assert wrong(found, {"a": 1e-2, "b": 1.0, "c": 0.0}) == "" and "a is off" in wrong(
+        found, {"a": 1e-3, "b": 1, "c": 0}
+    )
+
+
+def test_times_are_those_of_a_call() -> None:
+    works = {"short": lambda _: time.sleep(0.002), "long": lambda _: time.sleep(0.008)}
+    found = clock.measure(works, CPU, sets=3, seconds=0.2, rounds=50)
+    assert 0.002 <= found["short"].call.low <= found["short"].call.median < 0.005
+    assert 1.5 < clock.ratio(found["long"].call_rounds, found["short"].call_rounds) < 5
+    assert found["short"].device is None and found["short"].peak_bytes is None
+
+
+def test_a_hopeless_work_is_called_once_and_others_keep_their_rounds() -> None:
+    calls: dict[str, int] = {"fast": 0, "hopeless": 0}
+
+    def work(name: str, seconds: float) -> clock.Work:
+        def once(number: int) -> None:
+            calls[name] += 1
+            time.sleep(seconds)
+
+        return once
+
+    found = clock.measure({"fast": work("fast", 0.001), "hopeless": work("hopeless", 0.1)}, CPU, 1, 0.05, 9)
+    assert calls["hopeless"] == 1 and len(found["fast"].call_rounds) >= 3
+    assert clock.ratio(found["hopeless"].call_rounds, found["fast"].call_rounds) > 20
+
+
+def test_inputs_rotate_until_no_cache_holds_them() -> None:
+    small = replace(HERE, cache_bytes=10_000)
+    sets = suite.input_sets(case(), small)
+    assert len(sets) == math.ceil(30_000 / 4000)
+    assert not torch.equal(sets[0]["x"], sets[1]["x"])
+    assert len(suite.input_sets(case(), replace(small, memory_bytes=8 * 4000 * 2))) == 2
+    seen = set[int]()
+    clock.measure({OURS: seen.add}, CPU, sets=5, seconds=0.02, rounds=3)
+    assert seen == set(range(5))
+
+
+def test_shares_of_the_machine() -> None:
+    record = run(case(**{OURS: square}))[OURS]
+    assert record.seconds and record.copy_share == pytest.approx(8000 / record.seconds / 1e10)
+    assert record.matmul_share == pytest.approx(1000 / record.seconds / 1e11)
+    assert plots.roof_share(record) == max(record.copy_share, record.matmul_share)
+
+
+def test_a_journal_keeps_what_came_before_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "x.jsonl"
+    journal = records.Journal(path)
+    environment = machine.environment(HERE, "a test")
+    journal.add(environment)
+    for record in run(case(**{OURS: square, "theirs": raises})).values():
+        journal.add(record)
+    journal.add({"kind": "absent", "peer": "someone", "why": "gone"})
+    records.Journal(path, append=True).add(environment)
+    whole = records.read(path)
+    with path.open("a") as file:
+        file.write('{"kind": "measurement", "suite": "op')
+    cut = records.read(path)
+    assert whole == cut and [x.verdict[:6] for x in cut.records] == ["right", "failed"]
+    assert cut.others == [{"kind": "absent", "peer": "someone", "why": "gone"}] and cut.environment == environment
+    records.Journal(path).add({"kind": "measurement"})
+    with pytest.raises(ValueError, match="not a results file"):
+        records.read(path)
+
+
+def test_the_newest_results_of_each_machine(tmp_path: Path) -> None:
+    for folder, name, date in (
+        ("a", "2026-01-02-x", "2026-01-02T03"),
+        ("a", "2026-01-02-w", "2026-01-02T04"),
+        ("b", "z", "2025"),
+    ):
+        records.Journal(tmp_path / folder / f"{name}.jsonl").add({"kind": "environment", "date": date, "commit": name})
+    assert [run.environment["commit"] for run in records.latest(tmp_path)] == ["2026-01-02-w", "z"]
+
+
+def results(path: Path, times: dict[str, float]) -> Path:
+    journal = records.Journal(path)
+    journal.add(machine.environment(HERE, "a test"))
+    for way, seconds in times.items():
+        spread = {"median": seconds, "low": 0.95 * seconds, "high": 1.05 * seconds}
+        journal.add(records.Record("ops", "gae", "any", {"B": 1}, "float32", way, call=spread))
+    return path
+
+
+def test_compare_says_what_became_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = results(tmp_path / "a.jsonl", {OURS: 1.0, "theirs": 1.0, "gone": 1.0})
+    for seconds, code, word in ((1.3, 1, "slower"), (1.08, 0, "as before"), (0.5, 0, "faster")):
+        after = results(tmp_path / "b.jsonl", {OURS: seconds, "theirs": 3.0})
+        assert command.run(["--compare", str(before), str(after)]) == code
+        out = capsys.readouterr().out
+        assert word in next(line for line in out.splitlines() if line.endswith(OURS)) and "gone: " in out
+    assert command.run(["--compare", str(before), str(results(tmp_path / "c.jsonl", {"theirs": 1.0}))]) == 1
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, pictures = tmp_path / "x.jsonl", tmp_path / "pictures"
+    words = ["ops", "--quick", "--device", "cpu", "--only", "^whiten/primes|^kl_estimate/primes", "--seconds", "0.02"]
+    assert command.run([*words, "--out", str(out), "--plots", str(pictures)]) == 0
+    printed = capsys.readouterr().out
+    assert "whiten, primes: B 37, T 211, float32" in printed and "torch eager" in printed and str(out) in printed
+    found = records.read(out)
+    assert {x.op for x in found.records} == {"whiten", "kl_estimate"} and all(
+        x.verdict == "right" for x in found.records
+    )
+    assert found.environment["command"].startswith("rlhf bench ops --quick")
+    assert {path.name for path in pictures.iterdir()} == {"roof.svg", "roof.png", "peers.svg", "peers.png"}
+    assert "mathdefault" not in (pictures / "peers.svg").read_text()
+    assert command.run(["--from", str(out)]) == 0 and "whiten, primes" in capsys.readouterr().out
+
+
+def test_a_wrong_op_of_ours_ends_in_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops_cases.SOLVE["whiten"]
+    monkeypatch.setitem(
+        ops_cases.SOLVE,
+        "whiten",
+        lambda x, backend: (
+            {k: 1.001 * v for k, v in right(x, backend).items()} if backend is None else right(x, backend)
+        ),
+    )
+    out = tmp_path / "x.jsonl"
+    assert command.run(["ops", "--quick", "--device", "cpu", "--only", "^whiten/primes", "--out", str(out)]) == 1
+    assert [x.verdict[:5] for x in records.read(out).records] == ["wrong", "right"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_have_names_of_their_own_and_can_be_found(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_engine.bench.peers.ways", lambda *_: [])
+    for name, make in suites.SUITES.items():
+        for quick in (True, False):
+            found = [each.name for each in make(torch.device(device), quick)]
+            assert len(found) == len(set(found)), name
+            assert suites.find(name, found[-1], torch.device(device), quick).name == found[-1]
+
+
+@pytest.mark.parametrize("op", head_cases.NHV)
+def test_counted_products(op: str) -> None:
+    """What the FLOP counter sees of ours is what the case says; kept logits would be 6 for the log-probs' backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def added(into: Any, a: Any, b: Any, **_: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    made = head_cases.head(op, "any", 256, 32, 512, torch.float32, CPU)
+    tensors = made.make(torch.Generator().manual_seed(0))
+    if op == "linear_policy_loss_25":
+        tensors["mask"] = torch.arange(256) % 4 == 0
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as counter:
+        made.ways[0].run(tensors)
+    assert counter.get_total_flops() == made.flops
+
+
+def test_bytes_are_those_of_inputs_and_results() -> None:
+    for op in ops_cases.BYTES:
+        made = ops_cases.loss_side(op, "any", 64, 100, CPU)
+        tensors = made.make(torch.Generator().manual_seed(0))
+        answer = made.ways[0].run(tensors)
+        moved = sum(x.nbytes for x in (*tensors.values(), *answer.values()) if x.numel() > 64)
+        assert made.bytes_moved == moved, op
+
+
+def test_memory_of_a_way_in_a_process_of_its_own() -> None:
+    from rlhf_engine.bench import memory
+
+    cases = list(suites.cases(["head"], CPU, True, "linear_policy_loss/SmolLM2"))
+    whole, ours = (memory.peak_bytes(cases[0], way, True) for way in ("torch eager", OURS))
+    weight = 4 * 576 * 49_152
+    logits = 4 * 32 * 49_152
+    assert (
+        whole is not None and ours is not None and weight + logits <= whole < 2 * weight
+    )  # its gradient and that of logits
+    assert weight < ours < 2 * weight
+
+
+def test_json_has_no_surprises(tmp_path: Path) -> None:
+    """A wrong answer may be off by inf, which JSON proper does not know."""
+    path = tmp_path / "x.jsonl"
+    journal = records.Journal(path)
+    journal.add(machine.environment(HERE, "a test"))
+    for record in run(case(**{OURS: lambda x: {}})).values():
+        journal.add(record)
+
+    def refuse(name: str) -> float:
+        raise AssertionError(name)
+
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
