@@ -88,7 +88,7 @@ def test_a_hopeless_work_is_called_once_and_others_keep_their_rounds() -> None:
 
         return once
 
-    found = clock.measure({"fast": work("fast", 0.001), "hopeless": work("hopeless", 0.1)}, CPU, 1, 0.05, 9)
+    found = clock.measure({"fast": work("fast", 0.0), "hopeless": work("hopeless", 0.3)}, CPU, 1, 0.05, 9)
     assert calls["hopeless"] == 1 and len(found["fast"].call_rounds) >= 3
     assert clock.ratio(found["hopeless"].call_rounds, found["fast"].call_rounds) > 20
 
@@ -233,9 +233,8 @@ def test_memory_of_a_way_in_a_process_of_its_own() -> None:
     whole, ours = (memory.peak_bytes(cases[0], way, True) for way in ("torch eager", OURS))
     weight = 4 * 576 * 49_152
     logits = 4 * 32 * 49_152
-    assert (
-        whole is not None and ours is not None and weight + logits <= whole < 2 * weight
-    )  # its gradient and that of logits
+    assert whole is not None and ours is not None
+    assert 0.99 * (weight + logits) < whole < 2 * weight  # the weight's gradient, and that of logits
     assert weight < ours < 2 * weight
 
 
