@@ -49,7 +49,7 @@ def run_case(case: Case, machine: Machine, effort: Effort) -> list[Record]:
     records, alive, sets = {}, {}, input_sets(case, machine)
     truth = case.truth(sets[0])
     for way in case.ways:
-        records[way.name] = _record(case, way, len(sets))
+        records[way.name] = record_of(case, way, len(sets))
         if judge(case, way, sets[0], truth, machine.device, records[way.name]):
             alive[way.name] = way
     del truth
@@ -105,7 +105,7 @@ def _work(way: Way, sets: list[Tensors]) -> Callable[[int], object]:
     return lambda number: way.run(sets[number])
 
 
-def _record(case: Case, way: Way, sets: int) -> Record:
+def record_of(case: Case, way: Way, sets: int) -> Record:
     return Record(
         suite=case.suite, op=case.op, shape=case.shape, dims=case.dims,
         dtype=str(case.dtype).removeprefix("torch."), way=way.name, version=way.version, note=way.note,
