@@ -1,7 +1,8 @@
 """How many examples the property tests draw, `pytest --hypothesis-profile=long` for twenty times the usual number; and
-one thread, since tests are small: two spend their time waking each other, ten times as long on a busy machine. And the
-verdicts on a module's Triton kernels, from one other process each."""
+one thread, since tests are small: two spend their time waking each other, ten times as long on a busy machine. The
+verdicts on a module's Triton kernels, from one other process each. And the order of tests on GPUs."""
 
+import gpu_tier
 import kernel_script
 import pytest
 import torch
@@ -16,6 +17,10 @@ settings.register_profile(
     "mutants", max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile("usual")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=gpu_tier.place)
 
 
 @pytest.fixture(scope="module")
