@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import pytest
@@ -110,6 +110,11 @@ def side_stream() -> Iterator[None]:
     with torch.cuda.stream(side):
         yield
     here.wait_stream(side)
+
+
+def main_stream() -> AbstractContextManager[Any]:
+    """Inside a side stream: what is inside of this goes to the usual one, beside it."""
+    return torch.cuda.stream(torch.cuda.default_stream()) if ON_GPU else nullcontext()
 
 
 def delay() -> None:
