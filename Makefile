@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WITH_LOCK := $(if $(LOCK),-c $(LOCK))
 NATIVE := setup.py $(wildcard csrc/*)
 
-.PHONY: setup demo test check upstream peers mutants mutate ci-long aot-versions lock clean
+.PHONY: setup demo test check gpu gpu-rehearsal upstream peers mutants mutate ci-long aot-versions lock clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,15 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a machine with a GPU, by its own Python and torch: nothing is installed, so that it also runs where nothing can be.
+# Its own versions' warnings are shown and no more.
+gpu:
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -W default -m gpu tests
+
+# The same tests on a CPU, in small shapes: do they say what they mean? See tests/gpu_tier.py.
+gpu-rehearsal: setup
+	RLHF_GPU_REHEARSAL=1 $(BIN)/python -m pytest -q -m gpu tests
 
 # --no-deps: an index of torch builds holds other versions of what torch needs; the next step gets those from pip's own.
 $(VENV)/.torch: $(LOCK)
@@ -63,7 +72,7 @@ mutate: setup
 
 # What `make test` leaves out, twenty times as many examples of every C++ op, and the unlocked job: does the newest of
 # everything still import and pass a quick test? Only torch stays as it is in $(VENV), since another build is gigabytes.
-ci-long: setup aot-versions mutants upstream peers
+ci-long: setup gpu-rehearsal aot-versions mutants upstream peers
 	$(BIN)/python -m pytest -q -m "long and not gpu" --ignore tests/mutants --ignore tests/test_shim.py
 	$(BIN)/python -m pytest -q --hypothesis-profile=long --timeout=3600 tests/test_compiled.py
 	@echo "ci-long: unlocked install"

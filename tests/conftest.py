@@ -2,7 +2,6 @@
 one thread, since tests are small: two spend their time waking each other, ten times as long on a busy machine. The
 verdicts on a module's Triton kernels, from one other process each. And the order of tests on GPUs."""
 
-import gpu_tier
 import kernel_script
 import pytest
 import torch
@@ -18,9 +17,15 @@ settings.register_profile(
 )
 settings.load_profile("usual")
 
+# Behind all others; what is cheap, and what others rest on, comes first.
+ON_GPU = (
+    "test_loss_ops_on_gpu", "test_head_on_gpu", "test_operators_on_gpu", "test_head_shapes_on_gpu",
+    "test_graphs_on_gpu", "test_streams_on_gpu", "test_engine_on_gpu", "test_pipeline_on_gpu", "test_large_on_gpu",
+)  # fmt: skip
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=gpu_tier.place)
+    items.sort(key=lambda item: ON_GPU.index(item.path.stem) if item.path.stem in ON_GPU else -1)
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,6 @@ REHEARSAL = not ON_GPU and os.environ.get("RLHF_GPU_REHEARSAL") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
 LOSS_BACKENDS = ("cuda", "triton") if ON_GPU else ("cpu", "reference")
 HEAD_BACKEND = "triton" if ON_GPU else "cpu"
-# What is cheap and what others rest on comes first.
-ORDER = (
-    "test_loss_ops_on_gpu", "test_head_on_gpu", "test_operators_on_gpu", "test_head_shapes_on_gpu",
-    "test_graphs_on_gpu", "test_streams_on_gpu", "test_engine_on_gpu", "test_pipeline_on_gpu", "test_large_on_gpu",
-)  # fmt: skip
 
 Results = list[tuple[str, Tensor]]
 T = TypeVar("T")
@@ -49,12 +44,6 @@ def not_rehearsed(reason: str) -> pytest.MarkDecorator:
 
 def pick(on_gpu: T, rehearsed: T) -> T:
     return on_gpu if ON_GPU else rehearsed
-
-
-def place(item: pytest.Item) -> int:
-    """Where a test comes in the order of all; those of no GPU come before, as they are."""
-    name = item.path.stem
-    return ORDER.index(name) if name in ORDER else -1
 
 
 def needs(op: str, backend: str) -> pytest.MarkDecorator:

@@ -125,6 +125,7 @@ def test_no_wait_for_the_device() -> None:
     def step() -> None:
         policy_loss(tensors, mask=mask, denom=mask.sum())
         logprobs(tensors, mask=mask, temperature=each)
+        policy_loss(tensors, mask=mask, grad_weight_out=torch.zeros(V, H, device=DEVICE))
         with torch.no_grad():
             ops.linear_logprob_stats(**tensors, mask=mask)
         ops.token_logprobs(leaf(tensors["weight"][:ROWS]), tensors["targets"] % H, mask=mask)[0].sum().backward()
