@@ -13,6 +13,7 @@
 namespace rlhf {
 namespace {
 
+constexpr long kMostChunks = 65535;  // the most blocks that a grid's second axis holds
 constexpr int kItems = 16, kTile = kWarp * kItems, kWarps = 8, kThreads = kWarps * kWarp, kChunk = kWarps * kTile;
 
 struct Map {  // of the advantages, and of those with value_lam
@@ -314,7 +315,7 @@ extern "C" GaePlan rlhf_gae_plan(long count, long length, long size, bool packed
   const long usual = packed ? (count ? size / count : 0) : length;  // a packed batch's longest would have to be waited for
   if (usual <= kTile) return {kWarpEach, 1, 0};
   const long chunks = (length + kChunk - 1) / kChunk;
-  if (packed || chunks == 1 || count >= kManySequences) return {kBlockEach, 1, 0};
+  if (packed || chunks == 1 || chunks > kMostChunks || count >= kManySequences) return {kBlockEach, 1, 0};
   return {kSplit, chunks, static_cast<long>(sizeof(Map)) * count * chunks * kWarps};
 }
 

@@ -80,7 +80,8 @@ class FrozenRewardModel(nn.Module):
         """(B, S) token ids and mask -> (B,) normalised scores; hidden states of `body` may be handed over."""
         if hidden is None:
             hidden = models.run_trunk(self.body, tokens, mask, self.layers)
-        return (self.raw(self.pool(hidden, mask)) - self.score_mean) / self.score_std
+        features = self.pool(hidden, mask).to(self.feature_mean.device)  # a head may lie elsewhere than the body
+        return (self.raw(features) - self.score_mean) / self.score_std
 
     def save(self, folder: str | Path) -> None:
         """Head and constants as safetensors; the body is named by its checksum, not copied."""

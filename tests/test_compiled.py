@@ -244,8 +244,12 @@ def every_op(
     case: Case, mask: Tensor, *, change: Callable[[Tensor], Tensor] = lambda x: x, backend: str = "cpu"
 ) -> list[tuple[str, Tensor]]:
     """Results and gradients of all ops on one batch; `change` is applied to every input shaped like the mask."""
-    a, b, c, d, e, f, g = map(change, case.tensors(7))
     scores = case.per_sequence(1)[0].to(mask.device)
+    return every_op_of([*map(change, case.tensors(7))], scores, mask, backend)
+
+
+def every_op_of(tensors: list[Tensor], scores: Tensor, mask: Tensor, backend: str) -> list[tuple[str, Tensor]]:
+    a, b, c, d, e, f, g = tensors
     results = {
         "kl_estimate": with_gradients(ops.kl_estimate, 2)(a, b, kind="k3", backend=backend),
         "gae": ops.gae(a, b, mask, backend=backend),
@@ -325,28 +329,42 @@ def test_strided_inputs_and_inputs_stay_as_they_are(case: Case) -> None:
 
 @pytest.mark.parametrize("case", SOME)
 def test_padded_and_packed_have_the_same_bits(case: Case) -> None:
-    """Sequences of their own lengths, in rows with padding behind and one after the other."""
+    assert_same_bits(*padded_and_packed(case))
     a, b, c = case.tensors(3)
-    lengths = torch.randint(0, case.length + 1, (case.count,), generator=torch.Generator().manual_seed(9))
-    inside = torch.arange(case.length) < lengths[:, None]
-    mask, offsets = case.mask() & inside, torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    (scores,) = case.per_sequence(1)
-    for holes in ("carry", "decay"):
-        padded = ops.kl_gae(scores, a, b, c, mask, kl_coef=0.1, holes=holes, backend="cpu")
-        packed = ops.kl_gae(
-            scores, a[inside], b[inside], c[inside], mask[inside], kl_coef=0.1, holes=holes, cu_seqlens=offsets,
-            backend="cpu",
-        )  # fmt: skip
-        for (name, x), (_, y) in zip(parts(padded), parts(packed), strict=True):
-            assert torch.equal(x[inside], y), name
-    for padded_loss, packed_loss in (
+    inside = inside_own_lengths(case)
+    mask = case.mask() & inside
+    for padded, packed in (
         (
             ops.ppo_loss(a, b, c, mask, backend="cpu"),
             ops.ppo_loss(a[inside], b[inside], c[inside], mask[inside], backend="cpu"),
         ),
         (ops.whiten(a, mask, backend="cpu")[inside], ops.whiten(a[inside], mask[inside], backend="cpu")),
     ):  # fmt: skip
-        assert_same_bits(parts(padded_loss), parts(packed_loss))
+        assert_same_bits(parts(padded), parts(packed))
+
+
+def inside_own_lengths(case: Case) -> Tensor:
+    lengths = torch.randint(0, case.length + 1, (case.count,), generator=torch.Generator().manual_seed(9))
+    return torch.arange(case.length) < lengths[:, None]
+
+
+def padded_and_packed(
+    case: Case, device: str = "cpu", backend: str = "cpu"
+) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """What kl_gae makes of sequences of their own lengths, in rows with padding behind and one after the other."""
+    inside = inside_own_lengths(case)
+    offsets = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0)).to(device)
+    mask, inside = (case.mask() & inside).to(device), inside.to(device)
+    a, b, c = (x.to(device) for x in case.tensors(3))
+    scores = case.per_sequence(1)[0].to(device)
+    results: tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]] = ([], [])
+    for holes in ("carry", "decay"):
+        options = {"kl_coef": 0.1, "holes": holes, "backend": backend}
+        padded = ops.kl_gae(scores, a, b, c, mask, **options)
+        packed = ops.kl_gae(scores, a[inside], b[inside], c[inside], mask[inside], cu_seqlens=offsets, **options)
+        results[0].extend((name, x[inside]) for name, x in parts(padded))
+        results[1].extend(parts(packed))
+    return results
 
 
 def test_results_may_be_given_a_place() -> None:
@@ -481,26 +499,32 @@ def test_operators_are_registered_as_torch_wants_them(name: str, arguments: tupl
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 def test_compiled_functions_give_the_same_bits() -> None:
+    assert_same_bits(*eager_and_compiled())
+
+
+def eager_and_compiled(
+    device: str = "cpu", backend: str = "cpu", compiler: str = "inductor"
+) -> list[list[tuple[str, Tensor]]]:
     case = Case(6, 5, 300, 0.8, True)
-    mask, (scores,) = case.mask(), case.per_sequence(1)
+    mask, scores = case.mask().to(device), case.per_sequence(1)[0].to(device)
 
     def step(new: Tensor, old: Tensor, ref: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        shaped = ops.kl_gae(scores, old, ref, values, mask, kl_coef=0.1, backend="cpu")
-        policy, metrics = ops.ppo_loss(new, old, shaped.advantages, mask, backend="cpu")
-        value, _ = ops.value_loss(values * 2, values, shaped.returns, mask, backend="cpu")
-        kl = ops.kl_estimate(new, ref, kind="k3", backend="cpu").where(mask, 0)
-        white = ops.whiten(shaped.returns, mask, backend="cpu")
-        shared = ops.gae(old, values, mask, backend="cpu")
+        shaped = ops.kl_gae(scores, old, ref, values, mask, kl_coef=0.1, backend=backend)
+        policy, metrics = ops.ppo_loss(new, old, shaped.advantages, mask, backend=backend)
+        value, _ = ops.value_loss(values * 2, values, shaped.returns, mask, backend=backend)
+        kl = ops.kl_estimate(new, ref, kind="k3", backend=backend).where(mask, 0)
+        white = ops.whiten(shaped.returns, mask, backend=backend)
+        shared = ops.gae(old, values, mask, backend=backend)
         return policy + 0.1 * kl.sum(), policy, value, kl, metrics["approx_kl_k3_sum"], white, *shared
 
     results = []
-    for function in (step, torch.compile(step, fullgraph=True)):
-        new, *rest = case.tensors(4)
+    for function in (step, torch.compile(step, fullgraph=True, backend=compiler)):
+        new, *rest = (x.to(device) for x in case.tensors(4))
         new.requires_grad_()
         out = function(new, *rest)
         out[0].backward()
         results.append([("", x.detach()) for x in (*out[1:], new.grad)])  # the first is torch's own sum
-    assert_same_bits(*results)
+    return results
 
 
 def test_a_loss_backward_twice_is_pytorchs_own_error() -> None:

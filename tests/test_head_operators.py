@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine import ops, reference
+from rlhf_engine.ops.head_operators import SEGMENTS
 from rlhf_engine.ops.rows import DEAD
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -29,14 +30,15 @@ def score(logits: Tensor, targets: Tensor, backend: str = "cpu", **options: Any)
     """Log-probs, entropies, and the gradient under upstream ones that differ from row to row."""
     leaf = logits.detach().requires_grad_()
     logprobs, entropy = ops.token_logprobs(leaf, targets, backend=backend, **options)
-    upstream = torch.linspace(-1, 2, max(1, logprobs.numel()), dtype=logprobs.dtype)[: logprobs.numel()]
+    count, like = logprobs.numel(), {"dtype": logprobs.dtype, "device": logprobs.device}
+    upstream = torch.linspace(-1, 2, max(1, count), **like)[:count]
     (logprobs.flatten() * upstream + entropy.flatten() * upstream.flip(0)).sum().backward()
     return [logprobs.detach(), entropy.detach(), leaf.grad]
 
 
-def check(logits: Tensor, targets: Tensor, epsilon: float = 3e-7, **options: Any) -> None:
+def check(logits: Tensor, targets: Tensor, epsilon: float = 3e-7, backend: str = "cpu", **options: Any) -> None:
     """The largest error in float64's terms: at most 1.5 times that of PyTorch in float32, plus some roundings."""
-    ours, theirs = (score(logits, targets, backend, **options) for backend in ("cpu", "reference"))
+    ours, theirs = (score(logits, targets, name, **options) for name in (backend, "reference"))
     truth = score(logits.double(), targets, "reference", **options)
     for name, our, their, exact in zip(("logprob", "entropy", "gradient"), ours, theirs, truth, strict=True):
         worst = [float((x.double() - exact).abs().amax()) for x in (our, their)]
@@ -299,18 +301,20 @@ def test_nothing_to_score() -> None:
         assert [x.shape for x in ours] == [shape[:-1], shape[:-1], shape]
 
 
-def samples(operator: str) -> list[tuple[Any, ...]]:
-    logits, targets = case(SEGMENT + 9)
-    call = torch.ops.rlhf_engine
-    found = []
-    for options in (PLAIN, (torch.randn(SEGMENT + 9), torch.rand(5) + 0.5, torch.randn(5), 1.5, 30.0, 1.0, 0, DEAD)):
+def samples(operator: str, namespace: str = "rlhf_engine", device: str = "cpu") -> list[tuple[Any, ...]]:
+    vocabulary, call, found = SEGMENTS[namespace] + 9, getattr(torch.ops, namespace), []
+    logits, targets = (x.to(device) for x in case(vocabulary))
+    bias, each, exact = (x.to(device) for x in (torch.randn(vocabulary), torch.rand(5) + 0.5, torch.randn(5)))
+    upstream = torch.randn(5).to(device), None
+    for options in (PLAIN, (bias, each, exact, 1.5, 30.0, 1.0, 0, DEAD)):
         for z in (logits, logits.bfloat16(), logits[None].expand(1, 5, -1)):
             parts = call.head_fold(z, targets, *options, True)
-            statistics = call.head_combine(parts, targets, 0, SEGMENT + 9, DEAD)
-            upstream = (torch.randn(5), None)
+            statistics = call.head_combine(parts, targets, 0, vocabulary, DEAD)
             found.append({
-                "head_fold": (z, targets, *options, False), "head_combine": (parts, targets, 0, SEGMENT + 9, DEAD),
+                "head_fold": (z, targets, *options, False), "head_combine": (parts, targets, 0, vocabulary, DEAD),
                 "head_gradient": (z, targets, statistics, *upstream, *options, torch.empty_like(logits.view(z.shape))),
+                "target_logits": (z.flatten(0, -2), z.flatten(0, -2), targets % 5, DEAD),
+                "head_scale": (logits.clone(), exact[0]),
             }[operator])  # fmt: skip
     return found
 

@@ -84,3 +84,22 @@ def test_nobody_notices() -> None:
     with FlopCounterMode(display=False) as counter:
         products.heights_agree(64, 128, 8, 96, torch.bfloat16)
     assert counter.get_total_flops() == 0 and torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize("allowed", [(True, True), (False, True), (False, False)])  # all that torch takes
+def test_what_cublas_may_do_is_as_before(allowed: tuple[bool, bool]) -> None:
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+
+    def now() -> list[tuple[bool, bool]]:
+        return [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
+
+    try:
+        for name in names:
+            setattr(matmul, name, allowed)
+        with products.exact("cuda"):
+            assert now() == [(False, allowed[1])] * 2
+        assert now() == [allowed] * 2
+    finally:
+        for name in names:
+            setattr(matmul, name, True)

@@ -58,6 +58,13 @@ def test_encoders_read_left_padded_rows_like_any_other() -> None:
     assert right.std() > 1e-3
 
 
+def test_a_head_may_lie_elsewhere_than_its_body() -> None:
+    """As it does after training beside a body on a GPU; the device without memory stands for one here."""
+    model = frozen_model().to("meta")
+    assert next(model.body.parameters()).device.type == "cpu"
+    assert model.score(*batch()).device.type == "meta"
+
+
 # The loss
 
 

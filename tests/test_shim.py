@@ -6,6 +6,7 @@ the order of launches are tested with the kernels.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import shutil
@@ -75,6 +76,19 @@ def test_gae(shim: Any, shape: tuple[int, int], keep: float, decay: bool) -> Non
         )  # fmt: skip
         for a, b in zip(got, exact, strict=True):
             close(a, b)
+
+
+class Plan(ctypes.Structure):
+    _fields_ = [("mode", ctypes.c_int), ("chunks", ctypes.c_long), ("map_bytes", ctypes.c_long)]
+
+
+def test_no_grid_is_larger_than_a_gpu_takes(library: Path) -> None:
+    """More than 65,535 blocks on its second axis are an error there, which fibers know nothing of."""
+    plan = ctypes.CDLL(str(library)).rlhf_gae_plan
+    plan.restype, plan.argtypes = Plan, (ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_bool)
+    split, most = plan(2, 9000, 18_000, False), 65_535 * 4096
+    assert (split.chunks, split.map_bytes) == (3, 2 * 3 * 8 * 16)
+    assert [plan(2, length, 2 * length, False).chunks for length in (most, most + 1)] == [65_535, 1]
 
 
 @pytest.mark.parametrize("shape", [(3, 37), (9, 513), (1, 9000)])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_engine import ops, reference
-from rlhf_engine.ops import backends
+from rlhf_engine.ops import backends, tiles
 from rlhf_engine.ops.tiles import SHAPES
 
 ROW_TILE, TALLEST, SEGMENT = SHAPES["cpu"].rows, SHAPES["cpu"].tallest, SHAPES["cpu"].tokens
@@ -375,3 +375,26 @@ def test_counted_products() -> None:
             if trained:
                 result.backward()
         assert counter.get_total_flops() == want * ROW_TILE * 24 * LARGE, (function, trained)
+
+
+@pytest.mark.parametrize("vocabulary", [SMALL, LARGE])
+def test_products_look_alike_in_every_op(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a result lies may decide how a library sums, so scoring and training must not differ in it."""
+    seen = []
+    plain = tiles.product
+
+    def watched(a: Tensor, b: Tensor, out: Tensor) -> None:
+        if out.shape[1] != 24:  # logits, not a gradient of weights
+            seen.append((out.shape, out.stride(), out.data_ptr() % 32))
+        plain(a, b, out)
+
+    monkeypatch.setattr(tiles, "product", watched)
+    tensors = case(vocabulary, torch.float32)
+    run("cpu", tensors)
+    scored, seen = seen, []
+    token_loss = ops.ppo_token_loss(torch.zeros(ROWS), torch.ones(ROWS))
+    weight = tensors.pop("weight").requires_grad_()
+    ops.linear_policy_loss(weight=weight, token_loss=token_loss, **tensors)
+    assert scored == seen * 2  # forward and backward, and one forward
+    assert {stride for _, (stride, _), _ in seen} == {144 if vocabulary == SMALL else SEGMENT}
+    assert not any(place for _, _, place in seen)

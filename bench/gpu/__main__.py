@@ -67,7 +67,7 @@ def steps(rehearse: bool) -> list[Step]:
         return Step(f"sanitizer: {tool}", 75, words, "sanitizer.txt", cache, "" if rehearse else "compute-sanitizer")
 
     rehearsal = {"RLHF_GPU_REHEARSAL": "1"} if rehearse else {}
-    tests = [*python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--durations=10", "tests"]
+    tests = [*python, "-m", "pytest", "-m", "gpu", "-q", "-W", "default", "-p", "no:cacheprovider", "--durations=10", "tests"]
     measured = ["--seconds", "0.1" if rehearse else "0.4", *device, "--append", "--out", "{out}/bench.jsonl"]
     learning = ["--seconds", "5" if rehearse else "60", *device[:2], "--out", "{out}/learning.jsonl"]
     return [

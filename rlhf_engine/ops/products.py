@@ -68,14 +68,18 @@ def exact(device_type: str) -> Iterator[None]:
     """Without the caller's autocast, and without partial sums that cuBLAS rounds to 16 bits: both would change bits."""
     matmul = torch.backends.cuda.matmul
     flags = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
-    before = [getattr(matmul, flag) for flag in flags]
+    before = {flag: (getattr(matmul, flag), getattr(matmul, f"{flag}_split_k", True)) for flag in flags}
+
+    def allow(flag: str, reduced: bool, split_k: bool) -> None:
+        setattr(matmul, flag, reduced if split_k else (reduced, False))  # one number allows splits, too
+
     try:
         if device_type == "cuda":
-            for flag in flags:
-                setattr(matmul, flag, False)
+            for flag, (_, split_k) in before.items():
+                allow(flag, False, split_k)
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
         if device_type == "cuda":
-            for flag, value in zip(flags, before, strict=True):
-                setattr(matmul, flag, value)
+            for flag, (reduced, split_k) in before.items():
+                allow(flag, reduced, split_k)

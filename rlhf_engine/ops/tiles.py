@@ -35,6 +35,7 @@ class Shape:
 # On two AVX2 cores at width 576 a policy loss takes 25% longer in products of 192 rows than of 512, and the latter are
 # as fast as one product of all rows. On GPUs 1024 x 32,768 is 1024 blocks of a usual product, some eight waves.
 SHAPES = {"cpu": Shape(64, 2048, 512, 512, 128 << 20), "cuda": Shape(1024, 32_768, 1024, 8192, 1280 << 20)}
+ALIGNED = 16  # numbers, 32 bytes of the narrowest
 
 
 @dataclass
@@ -77,9 +78,15 @@ class Head:
 
     def block_rows(self, keep: bool) -> int:
         """Of a block; with `keep` the logits of all tokens live at once."""
-        tokens, step = self.weight.shape[0] if keep else self.shape.tokens, self.shape.rows
-        most = self.shape.budget // (tokens * self.logits_dtype.itemsize)
+        segments, step = -(-self.weight.shape[0] // self.shape.tokens) if keep else 1, self.shape.rows
+        most = self.shape.budget // (segments * self.stride * self.logits_dtype.itemsize)
         return max(1, min(most, self.shape.block) // step) * step
+
+    @functools.cached_property
+    def stride(self) -> int:
+        """From one row of logits to the next, whichever segment they are of, kept or not: by it a library may choose in
+        which order a product sums, and where rows are not aligned it is slow."""
+        return -(-min(self.shape.tokens, self.weight.shape[0]) // ALIGNED) * ALIGNED
 
     @functools.cached_property
     def height(self) -> int:
@@ -167,7 +174,7 @@ class Block:
         """(R, n) raw logits of a segment, in a buffer: of its own with `keep`, else the one of all segments."""
         key, (rows, n) = segment.tokens.start if keep else 0, (self.hidden.shape[0], segment.weight.shape[0])
         if key not in self.buffers:  # no later block is larger, nor a later segment
-            self.buffers[key] = self.hidden.new_empty(rows, n, dtype=self.head.logits_dtype)
+            self.buffers[key] = self.hidden.new_empty(rows, self.head.stride, dtype=self.head.logits_dtype)
         out = self.buffers[key][:rows, :n]
         if not self.kept:
             for part in self.products():
@@ -200,7 +207,7 @@ class Block:
         for segment in head.segments():
             z = self.logits(segment, self.kept)
             in_place = z.dtype is head.factors_dtype
-            dz = z if in_place else torch.empty_like(z, dtype=head.factors_dtype)
+            dz = z if in_place else z.new_empty(z.shape[0], head.stride, dtype=head.factors_dtype)[:, : z.shape[1]]
             head.call.head_gradient(z, self.targets, statistics, g_l, g_e, *self.transform(segment), dz)
             if grad_hidden is not None:
                 for rows in self.products():
