@@ -66,7 +66,8 @@ def judge(case: Case, way: Way, tensors: Tensors, truth: Answer, device: torch.d
     """Runs a way once and compares; the record says what came of it."""
     answers: list[Answer] = []
     try:
-        record.first, record.peak_bytes = first_call(lambda _: answers.append(way.run(tensors)), device)
+        inputs = way.inputs(tensors)
+        record.first, record.peak_bytes = first_call(lambda _: answers.append(way.run(inputs)), device)
         record.errors = errors(answers[0], truth) if way.checked else {}
     except torch.OutOfMemoryError:
         record.verdict = "out of memory"
@@ -89,7 +90,8 @@ def free(device: torch.device) -> None:
 
 
 def _work(way: Way, sets: list[Tensors]) -> Callable[[int], object]:
-    return lambda number: way.run(sets[number])
+    inputs = [way.inputs(tensors) for tensors in sets]
+    return lambda number: way.run(inputs[number])
 
 
 def _record(case: Case, way: Way, sets: int) -> Record:

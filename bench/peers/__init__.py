@@ -27,6 +27,7 @@ class Offer:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     capability: int | None = None  # the only GPU it runs on, as 90
     note: str = ""  # in what its work differs from the others'
+    prepare: Callable[[Tensors], Tensors] | None = None  # makes inputs of the form it is given in practice; not timed
 
 
 @dataclass(frozen=True, eq=False)  # itself alone, so that what it loads can be remembered
@@ -58,8 +59,9 @@ def unfit(offer: Offer, dtype: torch.dtype, device: torch.device) -> str:
         return f"runs on {' and '.join(offer.devices)} alone"
     if dtype not in offer.dtypes:
         return f"does not take {str(dtype).removeprefix('torch.')}"
-    if offer.capability and torch.cuda.get_device_capability(device) != divmod(offer.capability, 10):
-        return f"runs on compute capability {offer.capability / 10} alone"
+    wanted = offer.capability if device.type == "cuda" else None
+    if wanted and torch.cuda.get_device_capability(device) != divmod(wanted, 10):
+        return f"runs on compute capability {wanted / 10} alone"
     return ""
 
 
@@ -69,7 +71,7 @@ def ways(op: str, dtype: torch.dtype, device: torch.device) -> list[Way]:
     for peer in everyone():
         offer = peer.offers.get(op)
         if offer and not unfit(offer, dtype, device) and not loaded(peer)[1]:
-            found.append(Way(peer.name, offer.run, loaded(peer)[0], offer.note))
+            found.append(Way(peer.name, offer.run, loaded(peer)[0], offer.note, prepare=offer.prepare))
     return found
 
 

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_engine import reference
-from rlhf_engine.bench import head_cases, ops_cases
+from rlhf_engine.bench import ops_cases
 from rlhf_engine.bench.case import Answer, Tensors
-from rlhf_engine.bench.peers import Offer, Peer, torch_eager
+from rlhf_engine.bench.peers import Offer, Peer, answers, torch_eager
 
 
 @torch.compile(dynamic=True)
 def _logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return torch_eager.log_softmax_logprobs(logits, targets)
+    return torch_eager.logprobs(logits, targets)
 
 
 @torch.compile(dynamic=True)
@@ -50,29 +50,15 @@ def kl_estimate(x: Tensors) -> Answer:
     return {"kl": _estimate(x["logprobs"], x["ref_logprobs"])}
 
 
-def token_logprobs(x: Tensors) -> Answer:
-    with torch.no_grad():
-        logprobs, entropy = _logprobs(x["logits"], x["targets"])
-    return {"logprobs": logprobs, "entropy": entropy}
-
-
-def token_logprobs_backward(x: Tensors) -> Answer:
-    return torch_eager.token_logprobs_backward(x, _logprobs)
-
-
-def linear_policy_loss(x: Tensors) -> Answer:
-    def outputs(hidden: Tensor, weight: Tensor) -> tuple[Answer, list[Tensor], None]:
-        loss = torch_eager.clipped(x, *_logprobs(F.linear(hidden, weight), x["targets"]))
-        return {"loss": loss}, [loss], None
-
-    return head_cases.with_gradients(x, outputs)
+def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return _logprobs(F.linear(hidden, weight), targets)
 
 
 PEERS = [
     Peer(
         "torch.compile", "torch", "",
-        {f.__name__: Offer(f) for f in (
-            ppo_loss, value_loss, kl_estimate, token_logprobs, token_logprobs_backward, linear_policy_loss,
-        )}, lambda: torch.__version__,
+        {f.__name__: Offer(f) for f in (ppo_loss, value_loss, kl_estimate)} | answers.tokens(_logprobs)
+        | {"linear_policy_loss": answers.heads(head)["linear_policy_loss"]},
+        lambda: torch.__version__,
     )
 ]  # fmt: skip
