@@ -93,10 +93,13 @@ def tokens(score: Score, **limits: Any) -> dict[str, Offer]:
     return {f.__name__: Offer(partial(f, score), **limits) for f in (token_logprobs, token_logprobs_backward)}
 
 
-def heads(score: HeadScore, frozen_note: str = "", **limits: Any) -> dict[str, Offer]:
+def heads(score: HeadScore, note: str = "", frozen_note: str | None = None, **limits: Any) -> dict[str, Offer]:
     """Offers for the ops on hidden states, of a head that scores all the rows it is given."""
     functions = (linear_logprobs, linear_logprobs_backward, linear_policy_loss)
-    return {f.__name__: Offer(partial(f, score), **limits) for f in functions} | {
-        "linear_policy_loss_25": Offer(partial(linear_policy_loss, score), note="all rows", **limits),
-        "linear_policy_loss_frozen": Offer(partial(linear_policy_loss_frozen, score), note=frozen_note, **limits),
-    }
+    quarter = Offer(partial(linear_policy_loss, score), note=f"{note}, all rows" if note else "all rows", **limits)
+    frozen = Offer(
+        partial(linear_policy_loss_frozen, score), note=note if frozen_note is None else frozen_note, **limits
+    )
+    return {f.__name__: Offer(partial(f, score), note=note, **limits) for f in functions} | {
+        "linear_policy_loss_25": quarter, "linear_policy_loss_frozen": frozen,
+    }  # fmt: skip
