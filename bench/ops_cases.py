@@ -3,9 +3,10 @@
 What each op's tensors and answers are called is also what the peers in peers/ are given and return:
 
     gae            rewards, values (B, T), mask (B, T) bool -> advantages, returns; gamma 1, lambda .95
-    gae_whiten     the same, advantages whitened (Bessel's correction, 1e-8 added to the variance), 0 under the mask
-    whiten         x, mask -> whitened
-    kl_gae         scores (B,), logprobs, ref_logprobs, values, mask -> advantages (whitened), returns; k1, kl_coef .05
+    gae_whiten     the same, and advantages are whitened
+    whiten         x, mask -> whitened: Bessel's correction, 1e-8 added to the variance, 0 where the mask is
+    kl_gae         scores (B,), logprobs, ref_logprobs, values, mask -> advantages (whitened without that correction),
+                   returns; k1, kl_coef .05, the score at the last token
     kl_estimate    logprobs, ref_logprobs -> kl; k3, no clamps
     ppo_loss       logprobs, old_logprobs, advantages, mask -> loss, d_logprobs; clip .2, dual clip 3, mean over tokens
     value_loss     values, old_values, returns, mask -> loss, d_values; clip .2, half the mean over tokens
@@ -172,7 +173,7 @@ def gae_whiten(x: Tensors, backend: str | None) -> Answer:
 
 
 def whiten(x: Tensors, backend: str | None) -> Answer:
-    return {"whitened": ops.whiten(x["x"], x["mask"], backend=backend)}
+    return {"whitened": ops.whiten(x["x"], x["mask"], ddof=1, backend=backend)}
 
 
 def kl_gae(x: Tensors, backend: str | None) -> Answer:
