@@ -32,8 +32,8 @@ GAMMA, LAM, KL_COEF, CLIP, DUAL_CLIP = 1.0, 0.95, 0.05, 0.2, 3.0
 BYTES = {"gae": 17, "gae_whiten": 17, "whiten": 9, "kl_gae": 21, "kl_estimate": 12, "ppo_loss": 17, "value_loss": 17}
 # Sums of up to 65,536 numbers of size 1 in float32, and of a whole batch in the losses.
 BOUND = 2e-5
-# Logits of size 10 in bfloat16 are exact inputs here; only the gradient is rounded to their dtype. Plain PyTorch adds up
-# 150,000 probabilities in float32 with an error of 3e-5 on CPUs, which entropies and gradients show.
+# Logits of size 10 in bfloat16 are exact inputs here; only the gradient is rounded to their dtype. Plain PyTorch adds
+# up 150,000 probabilities in float32 with an error of 3e-5 on CPUs, which entropies and gradients show.
 LOGPROB_BOUND = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 SHAPES = {
     "cuda": {

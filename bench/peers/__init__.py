@@ -15,7 +15,7 @@ import torch
 
 from rlhf_engine.bench.case import Answer, Tensors, Way
 
-FILES = ("torch_eager", "torch_compile", "torch_linear_ce", "trl", "liger", "verl", "openrlhf")
+FILES = ("torch_eager", "torch_compile", "torch_linear_ce", "trl", "liger", "verl", "openrlhf", "cce")
 
 
 @dataclass(frozen=True)
