@@ -15,7 +15,18 @@ import torch
 
 from rlhf_engine.bench.case import Answer, Tensors, Way
 
-FILES = ("torch_eager", "torch_compile", "torch_linear_ce", "trl", "liger", "verl", "openrlhf", "cce")
+FILES = (
+    "torch_eager",
+    "torch_compile",
+    "torch_linear_ce",
+    "trl",
+    "liger",
+    "verl",
+    "openrlhf",
+    "cce",
+    "quack",
+    "torchrl",
+)
 
 
 @dataclass(frozen=True)
