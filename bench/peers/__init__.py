@@ -16,17 +16,8 @@ import torch
 from rlhf_engine.bench.case import Answer, Tensors, Way
 
 FILES = (
-    "torch_eager",
-    "torch_compile",
-    "torch_linear_ce",
-    "trl",
-    "liger",
-    "verl",
-    "openrlhf",
-    "cce",
-    "quack",
-    "torchrl",
-)
+    "torch_eager", "torch_compile", "torch_linear_ce", "trl", "liger", "verl", "openrlhf", "cce", "quack", "torchrl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
