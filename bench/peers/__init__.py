@@ -78,15 +78,18 @@ def ways(op: str, dtype: torch.dtype, device: torch.device) -> list[Way]:
 
 
 def absent(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> dict[str, str]:
-    """Peer -> why it, or an op of it, is not measured here."""
+    """Peer, or an op of it -> why it is not measured here."""
     reasons = {}
     for peer in everyone():
         why = loaded(peer)[1]
         if why:
             reasons[f"{peer.name} ({peer.package} {peer.pinned})"] = why
             continue
-        for op, offer in peer.offers.items():
-            unfitting = [unfit(offer, dtype, device) for dtype in dtypes]
-            if all(unfitting):
-                reasons[f"{peer.name}, {op}"] = unfitting[0]
+        unfitting = {
+            op: whys[0] for op, offer in peer.offers.items() if all(whys := [unfit(offer, x, device) for x in dtypes])
+        }
+        if len(unfitting) == len(peer.offers) and len(set(unfitting.values())) == 1:
+            reasons[peer.name] = next(iter(unfitting.values()))
+        else:
+            reasons |= {f"{peer.name}, {op}": why for op, why in unfitting.items()}
     return reasons

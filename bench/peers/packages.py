@@ -11,14 +11,17 @@ import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import os
+import site
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
+
+import torch
 
 NEVER_RUN = {"ray", "vllm", "deepspeed", "flash_attn", "torchdata", "aiohttp", "fastapi", "uvicorn", "cachetools"}
 KERNELS = "flash_attn.ops"  # trainers that cannot import these do without; a mock of them would run
@@ -48,7 +51,9 @@ def importing(*folders: str, mocks: bool = False) -> Iterator[None]:
     """Inside, other packages can be imported, and their warnings are their own affair. The mocks go at the end."""
     for folder in folders:
         if folder and folder not in sys.path:
-            sys.path.append(folder)  # last: torch, transformers and all else that is here already stay as they are
+            # Last: torch, transformers and all else that is here already stay as they are. With its .pth files, by
+            # which the CUTLASS DSL names the folder that it is in.
+            site.addsitedir(folder)
     stand_ins = _StandIns()
     if mocks:
         sys.meta_path.append(stand_ins)
@@ -84,6 +89,13 @@ def find(name: str, attribute: str, mocks: bool = False) -> Any:
     if found is None:
         raise ImportError(f"{name} has no {attribute}")
     return found
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for all sizes; what torch imports for that warns."""
+    with importing():
+        return torch.compile(function, dynamic=True)
 
 
 def version(package: str) -> str:

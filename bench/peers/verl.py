@@ -63,16 +63,10 @@ def value_loss(x: Tensors) -> Answer:
     return ops_cases.with_gradient(x, "values", loss)
 
 
-@cache
-def compiled_entropy() -> Any:
-    """As its actor compiles it."""
-    return torch.compile(find(FUNCTIONAL, "entropy_from_logits"), dynamic=True)
-
-
 def logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """In place only where there is no entropy, as in its actor: entropies read the logits once more."""
+    """As its actor has them: entropies are compiled, and read the logits once more, so that nothing is in place."""
     found = find(FUNCTIONAL, "logprobs_from_logits")(logits, targets, inplace_backward=False)
-    return found, compiled_entropy()(logits)
+    return found, packages.compiled(find(FUNCTIONAL, "entropy_from_logits"))(logits)
 
 
 @cache
