@@ -1,7 +1,8 @@
 """QuACK 0.6.5 on Hopper: its linear cross-entropy in chunks of rows, and its cross-entropy of all logits at once.
 
 In chunks it takes rows in multiples of 8, and its fastest kernels a vocabulary divisible by 128 and a width by 8; which
-of its ways is taken, it chooses. Neither has entropies, so the ops on log-probs are left out.
+of its ways is taken, it chooses. Neither has entropies, so the ops on log-probs are left out. It cannot be imported
+unless the CUTLASS DSL lies in a folder called site-packages: other code it takes for its user's, and fingerprints.
 """
 
 from __future__ import annotations

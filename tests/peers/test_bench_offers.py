@@ -13,6 +13,7 @@ from rlhf_engine.bench.peers import Peer
 peer_heads.needs_peers()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 @bench_offers.on_cpu("trl", "liger-kernel", "cut-cross-entropy", "torchrl")
 def test_offers(peer: Peer, op: str) -> None:
     if peer.package == "trl" and sys.version_info < (3, 11):

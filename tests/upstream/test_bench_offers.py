@@ -15,6 +15,7 @@ def folder() -> None:
         pass
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 @bench_offers.on_cpu("verl", "openrlhf")
 def test_offers(peer: Peer, op: str) -> None:
     bench_offers.check(peer, op)
