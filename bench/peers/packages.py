@@ -93,8 +93,11 @@ def find(name: str, attribute: str, mocks: bool = False) -> Any:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled for all sizes; what torch imports for that warns."""
+    """Compiled for all sizes. After eight dtypes, kinds of gradient and special sizes torch would give up and run the
+    rest uncompiled, without a word: here it may go on. What torch imports for all that warns."""
     with importing():
+        config: Any = importlib.import_module("torch._dynamo.config")
+        config.recompile_limit = 64
         return torch.compile(function, dynamic=True)
 
 
