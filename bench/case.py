@@ -25,6 +25,10 @@ class Way:
     version: str = ""
     note: str = ""  # in what its work differs from the others', where it does
     checked: bool = True  # False for a yardstick, which has no answer: it is not called right either
+    prepare: Callable[[Tensors], Tensors] | None = None  # to the form its own program has them in; not timed
+
+    def inputs(self, tensors: Tensors) -> Tensors:
+        return self.prepare(tensors) if self.prepare else tensors
 
 
 @dataclass(frozen=True)

@@ -84,14 +84,18 @@ def wait(device: torch.device) -> None:
 
 
 def measure(
-    works: Mapping[str, Work], device: torch.device, sets: int, seconds: float, rounds: int
+    works: Mapping[str, Work],
+    second: Mapping[str, tuple[float, int | None]],
+    device: torch.device,
+    sets: int,
+    seconds: float,
+    rounds: int,
 ) -> dict[str, Timing]:
     """All ways in turns, for about `seconds` in all or `rounds` rounds, whichever ends first, but at least three.
 
-    Each has been called before. A round of a short work is a batch of calls, as long as a clock can tell. A work that
+    `second` is what first_call said of each, at a call that compiled nothing any more. A round of a short work is a batch of calls, as long as a clock can tell. A work that
     takes longer than `seconds` and twenty times as long as the fastest is called once, outside the turns.
     """
-    second = {name: first_call(work, device) for name, work in works.items()}  # it allocates, and compiles no more
     patience = max(seconds, 20 * min(took for took, _ in second.values()))
     batch = {name: max(1, min(200, int(2e-3 / max(took, 1e-7)))) for name, (took, _) in second.items()}
     calls: dict[str, list[float]] = {name: [] for name in works}

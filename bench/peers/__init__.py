@@ -15,7 +15,9 @@ import torch
 
 from rlhf_engine.bench.case import Answer, Tensors, Way
 
-FILES = ("torch_eager", "torch_compile")
+FILES = (
+    "torch_eager", "torch_compile", "torch_linear_ce", "trl", "liger", "verl", "openrlhf", "cce", "quack", "torchrl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Offer:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     capability: int | None = None  # the only GPU it runs on, as 90
     note: str = ""  # in what its work differs from the others'
+    prepare: Callable[[Tensors], Tensors] | None = None  # makes inputs of the form it is given in practice; not timed
 
 
 @dataclass(frozen=True, eq=False)  # itself alone, so that what it loads can be remembered
@@ -58,8 +61,9 @@ def unfit(offer: Offer, dtype: torch.dtype, device: torch.device) -> str:
         return f"runs on {' and '.join(offer.devices)} alone"
     if dtype not in offer.dtypes:
         return f"does not take {str(dtype).removeprefix('torch.')}"
-    if offer.capability and torch.cuda.get_device_capability(device) != divmod(offer.capability, 10):
-        return f"runs on compute capability {offer.capability / 10} alone"
+    wanted = offer.capability if device.type == "cuda" else None
+    if wanted and torch.cuda.get_device_capability(device) != divmod(wanted, 10):
+        return f"runs on compute capability {wanted / 10} alone"
     return ""
 
 
@@ -69,22 +73,25 @@ def ways(op: str, dtype: torch.dtype, device: torch.device) -> list[Way]:
     for peer in everyone():
         offer = peer.offers.get(op)
         if offer and not unfit(offer, dtype, device) and not loaded(peer)[1]:
-            found.append(Way(peer.name, offer.run, loaded(peer)[0], offer.note))
+            found.append(Way(peer.name, offer.run, loaded(peer)[0], offer.note, prepare=offer.prepare))
     return found
 
 
 def absent(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> dict[str, str]:
-    """Peer -> why it, or an op of it, is not measured here."""
+    """Peer, or an op of it -> why it is not measured here."""
     reasons = {}
     for peer in everyone():
         why = loaded(peer)[1]
         if why:
             reasons[f"{peer.name} ({peer.package} {peer.pinned})"] = why
             continue
-        for op, offer in peer.offers.items():
-            unfitting = [unfit(offer, dtype, device) for dtype in dtypes]
-            if all(unfitting):
-                reasons[f"{peer.name}, {op}"] = unfitting[0]
+        unfitting = {
+            op: whys[0] for op, offer in peer.offers.items() if all(whys := [unfit(offer, x, device) for x in dtypes])
+        }
+        if len(unfitting) == len(peer.offers) and len(set(unfitting.values())) == 1:
+            reasons[peer.name] = next(iter(unfitting.values()))
+        else:
+            reasons |= {f"{peer.name}, {op}": why for op, why in unfitting.items()}
     return reasons
 
 

@@ -11,19 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_engine import reference
-from rlhf_engine.bench import head_cases, ops_cases
+from rlhf_engine.bench import ops_cases
 from rlhf_engine.bench.case import Answer, Tensors
-from rlhf_engine.bench.peers import Offer, Peer, torch_eager
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """On first use: to set up the compiler takes seconds."""
-    return torch.compile(function, dynamic=True)
-
-
-def _logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return _compiled(torch_eager.log_softmax_logprobs)(logits, targets)
+from rlhf_engine.bench.peers import Offer, Peer, answers, packages, torch_eager
 
 
 def _policy(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -44,43 +34,33 @@ def _estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return reference.kl_estimate(logprobs, ref_logprobs, kind="k3")
 
 
+def logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return packages.compiled(torch_eager.logprobs)(logits, targets)
+
+
 def ppo_loss(x: Tensors) -> Answer:
     names = ("logprobs", "old_logprobs", "advantages", "mask")
-    return ops_cases.with_gradient(x, "logprobs", lambda x: _compiled(_policy)(*(x[name] for name in names)))
+    return ops_cases.with_gradient(x, "logprobs", lambda x: packages.compiled(_policy)(*(x[name] for name in names)))
 
 
 def value_loss(x: Tensors) -> Answer:
     names = ("values", "old_values", "returns", "mask")
-    return ops_cases.with_gradient(x, "values", lambda x: _compiled(_value)(*(x[name] for name in names)))
+    return ops_cases.with_gradient(x, "values", lambda x: packages.compiled(_value)(*(x[name] for name in names)))
 
 
 def kl_estimate(x: Tensors) -> Answer:
-    return {"kl": _compiled(_estimate)(x["logprobs"], x["ref_logprobs"])}
+    return {"kl": packages.compiled(_estimate)(x["logprobs"], x["ref_logprobs"])}
 
 
-def token_logprobs(x: Tensors) -> Answer:
-    with torch.no_grad():
-        logprobs, entropy = _logprobs(x["logits"], x["targets"])
-    return {"logprobs": logprobs, "entropy": entropy}
-
-
-def token_logprobs_backward(x: Tensors) -> Answer:
-    return torch_eager.token_logprobs_backward(x, _logprobs)
-
-
-def linear_policy_loss(x: Tensors) -> Answer:
-    def outputs(hidden: Tensor, weight: Tensor) -> tuple[Answer, list[Tensor], None]:
-        loss = torch_eager.clipped(x, *_logprobs(F.linear(hidden, weight), x["targets"]))
-        return {"loss": loss}, [loss], None
-
-    return head_cases.with_gradients(x, outputs)
+def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return logprobs(F.linear(hidden, weight), targets)
 
 
 PEERS = [
     Peer(
         "torch.compile", "torch", "",
-        {f.__name__: Offer(f) for f in (
-            ppo_loss, value_loss, kl_estimate, token_logprobs, token_logprobs_backward, linear_policy_loss,
-        )}, lambda: torch.__version__,
+        {f.__name__: Offer(f) for f in (ppo_loss, value_loss, kl_estimate)} | answers.tokens(logprobs)
+        | {"linear_policy_loss": answers.heads(head)["linear_policy_loss"]},
+        lambda: torch.__version__,
     )
 ]  # fmt: skip
