@@ -135,13 +135,13 @@ def deviations(
     """How far one round is from what it must be; `first` is what its first minibatch measured."""
     batch, start = experience.rollout, ops.finalize_metrics(first)
     kl = worse(abs(start["approx_kl_k1"]), abs(start["approx_kl_k3"]))
-    same = batch.tokens[:, : work.prompt_tokens] == given.input_ids.to(batch.tokens.device)
-    kept = {name for name, whole in zip(batch.prompts.ids, same.all(1).tolist(), strict=True) if whole}
+    answered = dict(zip(batch.prompts.ids, batch.tokens[:, : work.prompt_tokens].tolist(), strict=True))
+    asked = dict(zip(given.ids, given.input_ids.tolist(), strict=True))
     apart = torch.where(batch.response_mask, (experience.logprobs - batch.sampler_logprobs).abs(), 0.0)
     return {
         "first_update_ratio_max_abs_dev": metrics.get("first_update_ratio_max_abs_dev", math.nan),
         "first_minibatch_approx_kl": kl,
-        "prompts_lost": float(len(given) - len(kept & set(given.ids))),
+        "prompts_lost": float(sum(answered.get(name) != row for name, row in asked.items())),
         "tokens_lost": work.tokens_trained - metrics["policy/tokens"],
         "sampler_logprob_abs_diff_max": float(apart.max()),
     }
