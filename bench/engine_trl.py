@@ -54,7 +54,9 @@ def _elsewhere(number: int, device: torch.device, quick: bool, steps: int) -> Li
     command = [sys.executable, "-m", "rlhf_engine.bench.engine_trl", "--device", str(device), "--steps", str(steps)]
     command += ["--work", str(number), "--threads", str(torch.get_num_threads()), *(["--quick"] if quick else [])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(
+            command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=LIMIT
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"verdict": f"failed: not done after {LIMIT} s"}
     try:
@@ -65,12 +67,12 @@ def _elsewhere(number: int, device: torch.device, quick: bool, steps: int) -> Li
 
 
 def load() -> ModuleType:
-    """The module that holds the trainer, from UPSTREAM or PEERS where this environment has none.
+    """The module that holds the trainer: from UPSTREAM (see `make upstream`) or PEERS, where this environment has none.
 
     Raises:
         ImportError: no TRL, or a release without PPO.
     """
-    os.environ["PEERS"] = os.pathsep.join(engine_work.folders())
+    os.environ["PEERS"] = os.pathsep.join([os.environ.get("UPSTREAM", ""), os.environ.get("PEERS", "")])
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     return packages.module("trl.experimental.ppo.ppo_trainer")
 
@@ -106,7 +108,6 @@ class Stopwatch:
         self.prompts: list[tuple[int, ...]] = []
         self.tokens: list[int] = []  # response tokens trained, of each round
         self.optimiser_steps: list[int] = []
-        self.first_log_ratio: list[float] = []
         module.batch_generation = partial(self.generation, module.batch_generation)
         module.forward = partial(self.forward, module.forward)
 

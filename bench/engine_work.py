@@ -6,7 +6,6 @@ what a policy says. Tokens are the words t0, t1, ...; the reward is the share of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -166,9 +165,3 @@ def reward(prompts: list[str], responses: list[str]) -> list[float]:
     """Share of tokens with an even number, the token that ends a sequence not among them."""
     numbers = [[int(word[1:]) for word in response.split()] for response in responses]
     return [sum(number % 2 == 0 for number in row) / max(1, len(row)) for row in numbers]
-
-
-def folders() -> list[str]:
-    """Where other trainers' packages are searched: UPSTREAM (see `make upstream`), then PEERS."""
-    named = [os.environ.get("UPSTREAM", ""), *os.environ.get("PEERS", "").split(os.pathsep)]
-    return [os.path.abspath(name) for name in named if name]
