@@ -35,8 +35,7 @@ LAYERS = [
     },
     {"engine", "reward_model", "rewards", "reward_training", "sft", "ranking", "comparisons", "evaluation"},
     {"plots", "report"},
-    {"bench"},
-    {"__main__", "cli", "doctor", "pipeline", "integrations"},
+    {"__main__", "bench", "cli", "doctor", "pipeline", "integrations"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 ONLY_OPS_IMPORTS = {"kernels", "native", "_C"}

@@ -95,13 +95,13 @@ def _reward_source(job: Job, source: RewardSource) -> Any:
 def ppo_stage(job: Job) -> None:
     """Trains, samples the contenders on the way, saves, and lets them play each other."""
     prompts = job.prompts[1]
-    engine = _engine(job)
+    engine = make_engine(job)
     for name in ("metrics.jsonl", "samples.jsonl"):  # of an earlier PPO in this folder, which this one replaces
         (job.folder / name).unlink(missing_ok=True)
     judge = evaluation.load_judge(job.config.evaluate.judge)
     with job.log.stage("sample before"):
         before = engine.rollout(prompts, generator=evaluation_seed(job))
-        _normalise(job, engine, before)
+        normalise(job, engine, before)
         contenders = [Contender("sft" if job.tuned else "pretrained", 0, before, _scores(engine, before), 0.0)]
         if job.pretrained_samples is not None:
             outside = job.pretrained_samples
@@ -123,7 +123,7 @@ def ppo_stage(job: Job) -> None:
         _write_cards(job)
 
 
-def _engine(job: Job) -> PPOEngine:
+def make_engine(job: Job) -> PPOEngine:
     c = job.config.ppo
     models.freeze(job.base, train_layers=c.train_layers, train_embeddings=c.train_embeddings, train_head=c.train_head)
     policy = models.copy_sharing_frozen(job.base)
@@ -134,7 +134,7 @@ def _engine(job: Job) -> PPOEngine:
     )  # fmt: skip
 
 
-def _normalise(job: Job, engine: PPOEngine, before: Rollout) -> None:
+def normalise(job: Job, engine: PPOEngine, before: Rollout) -> None:
     """Trained reward models score mean 0, std 1 on the reference's own samples; the constants are saved with them."""
     terms = engine.reward_terms(before)
     for term in engine.rewards:

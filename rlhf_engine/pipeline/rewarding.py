@@ -47,22 +47,29 @@ def rank_stage(job: Job) -> None:
         job.log.table("Elo of texts, best and worst three", ["Elo", f"{r.level:.0%} interval", "text"], shown)
 
 
+def train_reward(job: Job) -> Tensor | None:
+    """Gives the job its reward model; returns the features of the training texts where the body is frozen."""
+    c, features = job.config.reward_model, None
+    if c.body == "frozen":
+        probe = rm.FrozenRewardModel(job.base, c.layers, c.hidden_units)
+        features = _features(job, probe, job.parts[0].texts)
+    if c.body in ("frozen", "finetuned", "scratch"):
+        job.reward_model = rt.train_reward_model(
+            job.matches, job.base, job.tokenizer, config=c, features=features, seed=job.config.seed,
+            progress=lambda done, total: job.log.progress("reward model", done, total, "comparisons"),
+        )  # fmt: skip
+    else:
+        same_words(job, c.body)
+        job.reward_model = rm.load_reward_model(c.body, body=job.base)
+    return features
+
+
 def reward_stage(job: Job) -> None:
+    c, (train, heldout, _) = job.config.reward_model, job.parts
     with job.log.stage("reward_model"):
-        c, (train, heldout, _) = job.config.reward_model, job.parts
-        features = None
-        if c.body == "frozen":
-            probe = rm.FrozenRewardModel(job.base, c.layers, c.hidden_units)
-            features = _features(job, probe, train.texts)
-        if c.body in ("frozen", "finetuned", "scratch"):
-            model = rt.train_reward_model(
-                job.matches, job.base, job.tokenizer, config=c, features=features, seed=job.config.seed,
-                progress=lambda done, total: job.log.progress("reward model", done, total, "comparisons"),
-            )  # fmt: skip
-        else:
-            same_words(job, c.body)
-            model = rm.load_reward_model(c.body, body=job.base)
-    job.reward_model = model
+        features = train_reward(job)
+    model = job.reward_model
+    assert model is not None  # train_reward gave it
     model.save(job.folder / "reward_model")
     job.tokenizer.save_pretrained(job.folder / "reward_model")
     with job.log.stage("grade"):
