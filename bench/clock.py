@@ -93,8 +93,9 @@ def measure(
 ) -> dict[str, Timing]:
     """All ways in turns, for about `seconds` in all or `rounds` rounds, whichever ends first, but at least three.
 
-    `second` is what first_call said of each, at a call that compiled nothing any more. A round of a short work is a batch of calls, as long as a clock can tell. A work that
-    takes longer than `seconds` and twenty times as long as the fastest is called once, outside the turns.
+    `second` is what first_call said of each, at a call that compiled nothing any more. A round of a short work is a
+    batch of calls, as long as a clock can tell. A work that takes longer than `seconds` and twenty times as long as the
+    fastest is called once, outside the turns.
     """
     patience = max(seconds, 20 * min(took for took, _ in second.values()))
     batch = {name: max(1, min(200, int(2e-3 / max(took, 1e-7)))) for name, (took, _) in second.items()}

