@@ -45,6 +45,7 @@ def parser() -> Parser:
     )
     made.add_argument("--only", default="", metavar="REGEX", help="cases whose name (op/shape/sizes/dtype) holds this")
     made.add_argument("--seconds", type=float, default=0.0, help="for the timing of each case [4, quick 1]")
+    made.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), metavar="DTYPE", help="float32, bfloat16")
     made.add_argument("--threads", type=int, default=0, help="of the CPU [torch's choice]")
     made.add_argument("--out", type=Path, help="FILE.jsonl, or a folder for MACHINE/DATE-COMMIT.jsonl [runs/bench]")
     made.add_argument("--append", action="store_true", help="to that file, if it is there")
@@ -137,8 +138,9 @@ def measure(asked: argparse.Namespace, command: str) -> int:
             print(f"\n{last}\n{table.HEAD}", flush=True)
         print(table.line(record), flush=True)
 
+    dtypes = tuple(getattr(torch, name) for name in asked.dtypes) if asked.dtypes else None
     effort = suite.Effort(asked.seconds or (1.0 if asked.quick else 4.0), 9 if asked.quick else 25)
-    chosen = suites.cases([name for name in names if name in suites.SUITES], device, asked.quick, asked.only)
+    chosen = suites.cases([name for name in names if name in suites.SUITES], device, asked.quick, asked.only, dtypes)
     weigh = (
         (lambda case, way: memory.peak_bytes(case, way, asked.quick) if case.suite != "ops" else None)
         if not asked.quick

@@ -53,19 +53,19 @@ NHV = {
 }  # fmt: skip
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool, dtypes: tuple[torch.dtype, ...] | None = None) -> Iterator[Case]:
     size = "quick" if quick else device.type
     for shape, (rows, width, vocabulary) in SHAPES[size].items():
-        for dtype in DTYPES[size]:
+        for dtype in dtypes or DTYPES[size]:
             for op in NHV:
                 yield head(op, shape, rows, width, vocabulary, dtype, device)
 
 
-def sweep(device: torch.device, quick: bool) -> Iterator[Case]:
+def sweep(device: torch.device, quick: bool, dtypes: tuple[torch.dtype, ...] | None = None) -> Iterator[Case]:
     """The policy loss over N and over V, for the pictures of time and memory."""
     size = "quick" if quick else device.type
     rows, width, vocabularies = SWEEP[size]
-    dtype, middle = DTYPES[size][0], rows[len(rows) // 2]
+    dtype, middle = (dtypes or DTYPES[size])[0], rows[len(rows) // 2]
     for count in rows:
         yield head("linear_policy_loss", "over N", count, width, vocabularies[-2], dtype, device, suite="sweep")
     for vocabulary in vocabularies:

@@ -56,13 +56,14 @@ LOGITS = {
 DTYPES = {"cuda": (torch.bfloat16, torch.float32), "cpu": (torch.float32, torch.bfloat16), "quick": (torch.float32,)}
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool, dtypes: tuple[torch.dtype, ...] | None = None) -> Iterator[Case]:
+    """The loss side is float32 everywhere; `dtypes` are those of logits."""
     size = "quick" if quick else device.type
     for shape, (count, length) in SHAPES[size].items():
         for op in BYTES:
             yield loss_side(op, shape, count, length, device)
     for shape, (rows, vocabulary) in LOGITS[size].items():
-        for dtype in DTYPES[size]:
+        for dtype in dtypes or DTYPES[size]:
             yield from logprobs(shape, rows, vocabulary, dtype, device)
 
 
