@@ -11,6 +11,7 @@ import tiny_models
 import torch
 
 from rlhf_engine import data, fetch, tiny
+from rlhf_engine.bench import command as bench
 from rlhf_engine.cli import arguments
 from rlhf_engine.config import RunConfig
 from rlhf_engine.validation import validate
@@ -65,6 +66,9 @@ def test_every_command_is_understood() -> None:
     assert len(commands) >= 4
     for line in commands:
         _, command, *words = shlex.split(line, comments=True)
+        if command == "bench":
+            bench.parser().parse_args(words)
+            continue
         config = arguments.parse(command, words)
         if isinstance(config, RunConfig):
             validate(config)
