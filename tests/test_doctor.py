@@ -235,19 +235,27 @@ def test_packages(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     holds(attempt("x", packages.packages), "fail", "'torch<3' is more than a floor", "report it")
 
 
-KEYS = ("dependencies", "demo")
+KEYS = ("dependencies", "demo", "test", "bench")
+
+
+def as_metadata(line: str, key: str) -> str:
+    """A line of pyproject.toml as setuptools writes it into the metadata."""
+    what, _, marker = line.partition("; ")
+    markers = [marker] * bool(marker) + [f'extra == "{key}"'] * (key != "dependencies")
+    return "; ".join([what] + [" and ".join(markers)] * bool(markers))
 
 
 def test_the_requirements_of_pyproject_are_understood(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    needed, demo = (re.findall('^    "(.*?)"', text.split(f"\n{key} = [")[1].split("\n]")[0], re.M) for key in KEYS)
-    assert len(needed) > 8 and len(demo) > 2
-    metadata(place, *needed, *(f'{name}; extra == "demo"' for name in demo))
+    lists = {key: re.findall('^    "(.*?)"', text.split(f"\n{key} = [")[1].split("\n]")[0], re.M) for key in KEYS}
+    assert all(len(lines) > 2 for lines in lists.values())
+    metadata(place, *(as_metadata(line, key) for key, lines in lists.items() for line in lines))
     monkeypatch.syspath_prepend(place / "copy")
     read = packages.requirements()
     assert {("torch", "2.10", ""), ("jsonargparse", "4.49", ""), ("gguf", "", "demo")} <= {
         (r.name, r.floor, r.extra) for r in read
     }
+    assert len(read) == len(lists["dependencies"]) + len(lists["demo"]) and "trl" not in {r.name for r in read}
     holds(packages.packages("packages"), "ok", f"torch {torch.__version__}")
 
 

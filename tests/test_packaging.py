@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
-SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "csrc", "kernels", "rlhf_engine")
+FOLDERS = ("csrc", "kernels", "bench", "rlhf_engine")
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", *FOLDERS)
 
 
 def run(*command: str, cwd: Path, **env: str) -> str:
@@ -60,6 +61,7 @@ def test_wheel_contents(wheel: Path) -> None:
     assert {f"rlhf_engine/kernels/{name}.py" for name in KERNELS} <= names
     templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rlhf_engine/templates").glob("*.j2")}
     assert templates <= names
+    assert "rlhf_engine/bench/command.py" in names and not [name for name in names if "/bench/tools" in name]
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"rlhf_engine"}, f"the wheel must install one top-level name, not {top}"
 

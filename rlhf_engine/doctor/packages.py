@@ -25,6 +25,7 @@ SHOWN = ("torch", "triton", "transformers", "numpy", "safetensors")
 ELSEWHERE = ("ninja", "pybind11", "triton")  # needed for building only, or by kernels only: they have their own checks
 # What others import by name. A folder `kernels` with an __init__.py, for one, is taken for the package of that name.
 HIDEABLE = ("kernels", "torch", "triton", "transformers", "numpy")
+USED = ("demo",)  # the extras of which `rlhf doctor` says whether they are there
 UNKNOWN = f"install {NAME} (see above): its metadata says which versions it needs"
 
 
@@ -103,15 +104,20 @@ def demo_packages(name: str) -> Check:
 
 
 def requirements() -> list[Requirement]:
-    """From lines such as `torch>=2.10` and `gguf; extra == "demo"`. pyproject.toml sets floors and nothing else."""
-    form = r"""([\w.-]+)\s*(?:\[.*\])?\s*(?:>=\s*([\w.]+))?\s*(?:;\s*extra\s*==\s*["'](\w+)["'])?\s*"""
+    """From lines such as `torch>=2.10` and `gguf; extra == "demo"`. For what users run, pyproject.toml sets floors and
+    nothing else; developers' extras (tests, and benchmarks, which pin what they compare with) are left out."""
     mine = _distribution()
     found = []
     for line in (mine.requires if mine is not None else None) or []:
-        parts = re.fullmatch(form, line)
-        if parts is None:
+        what, _, marker = line.partition(";")
+        condition = re.fullmatch(r"""\s*(?:extra\s*==\s*["'](\w+)["'])?\s*""", marker)
+        extra = re.search(r"""\bextra\s*==\s*["'](\w+)["']""", marker)
+        if extra is not None and extra[1] not in USED:
+            continue
+        parts = re.fullmatch(r"([\w.-]+)\s*(?:\[.*\])?\s*(?:>=\s*([\w.]+))?\s*", what)
+        if parts is None or condition is None:
             raise ValueError(f"the requirement {line!r} is more than a floor")
-        found.append(Requirement(parts[1], parts[2] or "", parts[3] or ""))
+        found.append(Requirement(parts[1], parts[2] or "", condition[1] or ""))
     return found
 
 
