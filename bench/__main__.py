@@ -1,10 +1,7 @@
-"""`python -m rlhf_engine.bench`."""
+"""`python -m rlhf_engine.bench`, which is `rlhf bench`."""
 
 import sys
 
-from rlhf_engine.bench.command import Mistaken, run
+from rlhf_engine.cli import main
 
-try:
-    sys.exit(run(sys.argv[1:]))
-except Mistaken as mistake:
-    sys.exit(f"rlhf bench: {mistake}")
+sys.exit(main(["bench", *sys.argv[1:]]))

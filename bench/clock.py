@@ -24,6 +24,14 @@ LONGEST_QUEUE = 0.02  # seconds of calls that wait behind the idle kernel
 TICKS_PER_SECOND = 2e9  # of torch.cuda._sleep, above any clock: it must last longer than the queueing
 
 
+class Broken(Exception):
+    """A work that failed while it was timed, though it had not failed before: its name; the cause says why."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 @dataclass(frozen=True)
 class Spread:
     """Seconds: the median, and between which the middle half of the rounds lies."""
@@ -96,6 +104,9 @@ def measure(
     `second` is what first_call said of each, at a call that compiled nothing any more. A round of a short work is a
     batch of calls, as long as a clock can tell. A work that takes longer than `seconds` and twenty times as long as the
     fastest is called once, outside the turns.
+
+    Raises:
+        Broken: a work failed, and from which exception.
     """
     patience = max(seconds, 20 * min(took for took, _ in second.values()))
     batch = {name: max(1, min(200, int(2e-3 / max(took, 1e-7)))) for name, (took, _) in second.items()}
@@ -107,9 +118,12 @@ def measure(
             break
         for name, work in works.items():
             if second[name][0] <= patience:
-                calls[name].append(_call_time(work, device, sets, batch[name]))
-                if device.type == "cuda":
-                    devices[name].append(_device_time(work, device, sets, batch[name], calls[name][-1]))
+                try:
+                    calls[name].append(_call_time(work, device, sets, batch[name]))
+                    if device.type == "cuda":
+                        devices[name].append(_device_time(work, device, sets, batch[name], calls[name][-1]))
+                except Exception as error:
+                    raise Broken(name) from error
     return {name: Timing(calls[name] or [second[name][0]], devices[name], second[name][1]) for name in works}
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
+import importlib.util
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -44,9 +47,9 @@ def parser() -> Parser:
         "--quick", action="store_true", help="small sizes, a minute or two: is everything right and alive?"
     )
     made.add_argument("--only", default="", metavar="REGEX", help="cases whose name (op/shape/sizes/dtype) holds this")
-    made.add_argument("--seconds", type=float, default=0.0, help="for the timing of each case [4, quick 1]")
+    made.add_argument("--seconds", type=float, help="for the timing of each case [4, quick 1]")
     made.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), metavar="DTYPE", help="float32, bfloat16")
-    made.add_argument("--threads", type=int, default=0, help="of the CPU [torch's choice]")
+    made.add_argument("--threads", type=int, help="of the CPU [torch's choice]")
     made.add_argument("--out", type=Path, help="FILE.jsonl, or a folder for MACHINE/DATE-COMMIT.jsonl [runs/bench]")
     made.add_argument("--append", action="store_true", help="to that file, if it is there")
     made.add_argument("--plots", type=Path, metavar="FOLDER", help="draw pictures there")
@@ -70,8 +73,10 @@ def run(words: Sequence[str]) -> int:
         near = difflib.get_close_matches(unknown[0], NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(NAMES)}"
         raise Mistaken(f"there is no benchmark {unknown[0]!r}; {hint}")
-    if asked.seconds < 0 or asked.threads < 0:
-        raise Mistaken("--seconds and --threads are positive numbers")
+    for name in ("seconds", "threads"):
+        value = getattr(asked, name)
+        if value is not None and not 0 < value < math.inf:
+            raise Mistaken(f"--{name} is a positive number, not {value}")
     try:
         re.compile(asked.only)
     except re.error as error:
@@ -79,6 +84,10 @@ def run(words: Sequence[str]) -> int:
     for path in (*(asked.compare or ()), *([asked.read] if asked.read else [])):
         if not path.is_file():
             raise Mistaken(f"there is no results file {path}")
+    if asked.plots:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise Mistaken("--plots needs matplotlib, which is not installed: pip install matplotlib")
+        writable("--plots", asked.plots)
     from rlhf_engine.bench import records, table
 
     if asked.compare:
@@ -92,21 +101,18 @@ def run(words: Sequence[str]) -> int:
     return measure(asked, " ".join(["rlhf bench", *map(shlex.quote, words)]))
 
 
+def writable(flag: str, folder: Path) -> None:
+    """Makes the folder, before anything is measured for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistaken(f"{flag} {folder}: {error.strerror}; name another place") from None
+
+
 def measure(asked: argparse.Namespace, command: str) -> int:
     import torch
 
-    from rlhf_engine.bench import (
-        engine_bench,
-        engine_trl,
-        machine,
-        memory,
-        peers,
-        recompiles,
-        records,
-        suite,
-        suites,
-        table,
-    )
+    from rlhf_engine.bench import machine, records, suites, table
 
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise Mistaken("--device cuda: torch sees no CUDA device here")
@@ -115,14 +121,35 @@ def measure(asked: argparse.Namespace, command: str) -> int:
     kind = asked.device if asked.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
     names = asked.names or [name for name in NAMES if not (asked.quick and name == "sweep")]
+    dtypes = tuple(getattr(torch, name) for name in asked.dtypes) if asked.dtypes else None
+    of_cases = [name for name in names if name in suites.SUITES]
+    chosen = list(suites.cases(of_cases, device, asked.quick, asked.only, dtypes))
+    if asked.only and of_cases and not chosen:
+        some = next(suites.cases(of_cases, device, asked.quick)).name
+        raise Mistaken(f"--only {asked.only!r} is in the name of no case; names are like {some!r}")
     here = machine.look(device, asked.quick)
     environment = machine.environment(here, command)
-    out = asked.out or Path("runs/bench")
-    journal = records.Journal(out if out.suffix == ".jsonl" else records.place(environment, out), asked.append)
+    journal = open_journal(environment, asked.out or Path("runs/bench"), asked.append)
     journal.add(environment)
     print(table.about(environment))
-    absent = peers.absent(device, (torch.float32, torch.bfloat16))
-    for peer, why in absent.items():
+    try:
+        bad = perform(asked, names, chosen, here, journal)
+    except KeyboardInterrupt:
+        print(f"stopped; what was measured until then is in {journal.path}")
+        return 130
+    print(f"{table.LEGEND}\n\nresults: {journal.path}")
+    if bad:
+        print(f"{bad} of ours were wrong or failed")
+    return draw(records.read(journal.path), asked.plots) or int(bool(bad))
+
+
+def perform(asked: argparse.Namespace, names: Sequence[str], chosen: list[Any], here: Any, journal: Any) -> int:
+    """Writes down and prints everything as it comes; returns how many of ours were wrong or failed."""
+    import torch
+
+    from rlhf_engine.bench import engine_bench, engine_trl, memory, peers, recompiles, records, suite, table
+
+    for peer, why in peers.absent(here.device, (torch.float32, torch.bfloat16)).items():
         journal.add({"kind": "absent", "peer": peer, "why": why})
         print(f"not measured: {peer}: {why}")
     if "peers" in names:
@@ -138,33 +165,48 @@ def measure(asked: argparse.Namespace, command: str) -> int:
             print(f"\n{last}\n{table.HEAD}", flush=True)
         print(table.line(record), flush=True)
 
-    dtypes = tuple(getattr(torch, name) for name in asked.dtypes) if asked.dtypes else None
     effort = suite.Effort(asked.seconds or (1.0 if asked.quick else 4.0), 9 if asked.quick else 25)
-    chosen = suites.cases([name for name in names if name in suites.SUITES], device, asked.quick, asked.only, dtypes)
     weigh = (
         (lambda case, way: memory.peak_bytes(case, way, asked.quick) if case.suite != "ops" else None)
         if not asked.quick
         else None
     )
+    gc.collect()
+    gc.freeze()  # what was imported stays: the collection behind each way would walk through it every time
     bad = suite.run(chosen, here, effort, tell, *([weigh] if weigh else []))
     if "recompiles" in names:
         print("\nnew lengths")
-        for found in recompiles.lines(device, asked.quick):
+        for found in recompiles.lines(here.device, asked.quick):
             journal.add(found)
             print(table.recompiles(found), flush=True)
     if "engine" in names:
         print("\nengine")
-        for found in (*engine_bench.lines(device, asked.quick), *engine_trl.lines(device, asked.quick)):
-            journal.add(found)
-            bad += found["way"] == "ours" and found["verdict"] != "right"
-            print(table.engine(found), flush=True)
+        for lines in (engine_bench.lines, engine_trl.lines):
+            for found in lines(here.device, asked.quick):
+                journal.add(found)
+                bad += found["way"] == "ours" and found["verdict"] != "right"
+                print(table.engine(found), flush=True)
         for found in engine_bench.PUBLISHED:
             print(table.engine(found))
-    print(f"{table.LEGEND}\n\nresults: {journal.path}")
-    if bad:
-        print(f"{bad} of ours were wrong or failed")
-    assert journal.path
-    return int(bool(bad)) or draw(records.read(journal.path), asked.plots)
+    return bad
+
+
+def open_journal(environment: dict[str, Any], out: Path, append: bool) -> Any:
+    """A results file for what is to come; what is there is only continued if it is of this machine and commit."""
+    from rlhf_engine.bench import records
+
+    path = out if out.suffix == ".jsonl" else records.place(environment, out)
+    if append and path.is_file() and path.stat().st_size:
+        held = records.read(path).environment
+        if any(held[key] != environment[key] for key in ("machine", "commit")):
+            raise Mistaken(
+                f"--append: {path} is of {held['machine']} at {held['commit']}, and this is {environment['machine']} "
+                f"at {environment['commit']}; name another --out"
+            )
+    try:
+        return records.Journal(path, append)
+    except OSError as error:
+        raise Mistaken(f"--out {path}: {error.strerror}; name another place") from None
 
 
 def show(found: Any) -> None:
@@ -177,6 +219,10 @@ def show(found: Any) -> None:
             last = table.heading(record)
             print(f"\n{last}\n{table.HEAD}")
         print(table.line(record))
+    lines = {"recompiles": table.recompiles, "engine": table.engine}
+    for kind, line in lines.items():
+        for other in (other for other in found.others if other["kind"] == kind):
+            print(f"{kind}{line(other)}")
 
 
 def draw(found: Any, folder: Path | None) -> int:

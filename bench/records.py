@@ -79,8 +79,10 @@ class Journal:
         self.path = path
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not append:
-                path.unlink(missing_ok=True)
+            with path.open("ab+") as file:  # refused here, if at all, and not after the first measurement
+                file.seek(0)
+                whole = file.read().rpartition(b"\n")  # a line that a crash cut off would spoil the next one
+                file.truncate(len(whole[0] + whole[1]) if append else 0)
 
     def add(self, line: Record | dict[str, Any]) -> None:
         if not self.path:
@@ -90,30 +92,52 @@ class Journal:
             file.write(json.dumps(finite(data), allow_nan=False) + "\n")
 
 
+# What is asked of an environment: by the table, by pictures, and by whoever compares.
+KNOWN = ("machine", "folder", "device", "date", "commit", "versions", "copy_rate", "matmul_rates")
+
+
 def read(path: Path) -> Run:
-    """A results file, also one that a crash cut off in its last line.
+    """A results file, also one that a crash cut off in its last line. Of what was measured again, the last counts.
 
     Raises:
         ValueError: the file is not one of these.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    parsed = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    parsed: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            parsed.append(json.loads(line))
+            data = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON") from None
+            if number < len(lines) or not parsed:
+                raise ValueError(f"{path}, line {number}: not JSON, so not a results file of rlhf bench") from None
+            continue
+        if not isinstance(data, dict):
+            raise ValueError(f"{path}, line {number}: not an object, so not a results file of rlhf bench")
+        parsed.append(data)
     if not parsed or parsed[0].get("kind") != "environment":
-        raise ValueError(f"{path}: not a results file: its first line is not an environment")
-    records, others = [], []
+        raise ValueError(f"{path}: not a results file of rlhf bench: its first line is not an environment")
+    if missing := [name for name in KNOWN if name not in parsed[0]]:
+        raise ValueError(f"{path}: not a results file of this version: its environment lacks {', '.join(missing)}")
+    records: dict[tuple[str, str, str], Record] = {}
+    others = []
     for data in parsed[1:]:
         kind = data.pop("kind", "")
         if kind == "measurement":
-            records.append(Record(**data))
+            record = measurement(path, data)
+            records[record.suite, record.name, record.way] = record
         elif kind != "environment":  # a later part of the same run repeats it
             others.append({"kind": kind} | data)
-    return Run(parsed[0], records, others)
+    return Run(parsed[0], list(records.values()), others)
+
+
+def measurement(path: Path, data: dict[str, Any]) -> Record:
+    try:
+        record = Record(**data)
+    except TypeError as error:
+        raise ValueError(f"{path}: a measurement of another version ({error}); measure again") from None
+    if not isinstance(record.dims, dict) or not all(isinstance(x, dict | None) for x in (record.call, record.device)):
+        raise ValueError(f"{path}: a measurement of another version; measure again")
+    return record
 
 
 def latest(folder: Path = RESULTS) -> list[Run]:

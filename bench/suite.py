@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from rlhf_engine.bench.case import OURS, Answer, Case, Tensors, Way, errors, wrong
-from rlhf_engine.bench.clock import Timing, first_call, measure, ratio
+from rlhf_engine.bench.clock import Broken, Timing, Work, first_call, measure, ratio
 from rlhf_engine.bench.machine import Machine
 from rlhf_engine.bench.records import UNCHECKED, Record
 
@@ -53,7 +53,8 @@ def run_case(case: Case, machine: Machine, effort: Effort) -> list[Record]:
     right = [way for way in case.ways if judge(case, way, sets[0], truth, device, records[way.name])]
     del truth
     free(device)
-    works, second = {}, {}
+    works: dict[str, Work] = {}
+    second: dict[str, tuple[float, int | None]] = {}
     for way in right:
         record = records[way.name]
         with told_in(record):
@@ -61,7 +62,16 @@ def run_case(case: Case, machine: Machine, effort: Effort) -> list[Record]:
             second[way.name] = first_call(works[way.name], device)  # it allocates, and compiles no more
         if not record.timed:
             works.pop(way.name, None)
-    timings = measure(works, second, device, len(sets), effort.seconds, effort.rounds) if works else {}
+            second.pop(way.name, None)
+    timings: dict[str, Timing] = {}
+    while works and not timings:
+        try:
+            timings = measure(works, second, device, len(sets), effort.seconds, effort.rounds)
+        except Broken as broken:  # the others are timed without it
+            with told_in(records[broken.name]):
+                raise (broken.__cause__ or broken) from None
+            del works[broken.name], second[broken.name]
+            free(device)
     for name, timing in timings.items():
         _fill(records[name], timing, machine, case, timings.get(OURS))
     del sets, works

@@ -114,7 +114,15 @@ def compare(before: Run, after: Run) -> Iterator[tuple[bool, str]]:
     """A line for each way that both timed, slowest first, and whether ours lost more than noise.
 
     Slower is what lost a tenth while the middle halves of the rounds do not overlap.
+
+    Raises:
+        ValueError: they come from different machines.
     """
+    one, other = before.environment["machine"], after.environment["machine"]
+    if one != other:
+        raise ValueError(
+            f"--compare: times of {one} and of {other} say nothing of the code; compare results of one machine"
+        )
     held = {(x.name, x.way): x for x in before.records if x.timed}
     pairs = [(held[x.name, x.way], x) for x in after.records if x.timed and (x.name, x.way) in held]
     changes = []
@@ -129,5 +137,5 @@ def compare(before: Run, after: Run) -> Iterator[tuple[bool, str]]:
         word = "slower" if slower else "faster" if faster else "as before"
         times = f"{duration(old.seconds)} -> {duration(new.seconds)}"
         yield slower and new.way.startswith(OURS), f"{ratio:6.2f}  {word:10}{times:24}{new.name}, {new.way}"
-    for name, way in held.keys() - {(x.name, x.way) for x in after.records if x.timed}:
+    for name, way in sorted(held.keys() - {(x.name, x.way) for x in after.records if x.timed}):
         yield way.startswith(OURS), f"        gone: {name}, {way}"

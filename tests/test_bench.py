@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_engine import cli
 from rlhf_engine.bench import clock, command, head_cases, machine, ops_cases, plots, records, suite, suites, table
 from rlhf_engine.bench.case import OURS, Answer, Case, Tensors, Way, errors, wrong
 
@@ -80,6 +81,18 @@ def test_what_fails_at_its_second_call_ends_nothing_either() -> None:
 
     found = run(case(**{OURS: square, "theirs": once}))
     assert found[OURS].call and "no such kernel" in found["theirs"].verdict and found["theirs"].call is None
+
+
+def test_what_fails_while_it_is_timed_ends_nothing_and_others_keep_their_times() -> None:
+    calls = []
+
+    def twice(x: Tensors) -> Answer:
+        calls.append(1)
+        return square(x) if len(calls) < 3 else raises(x)
+
+    found = run(case(**{OURS: square, "theirs": twice}))
+    assert "no such kernel" in found["theirs"].verdict and found["theirs"].call is None
+    assert found[OURS].call and found[OURS].rounds >= 3
 
 
 def test_errors_are_relative_to_the_largest_number_of_a_part() -> None:
@@ -152,13 +165,101 @@ def test_a_journal_keeps_what_came_before_a_crash(tmp_path: Path) -> None:
         records.read(path)
 
 
+def test_going_on_in_a_file(tmp_path: Path) -> None:
+    """Behind a line that was cut off, in place of what is measured again, and never with another commit's results."""
+    path = results(tmp_path / "x.jsonl", {OURS: 1.0, "theirs": 2.0})
+    with path.open("a") as file:
+        file.write('{"kind": "measurement", "suite": "op')
+    again = records.Record("ops", "gae", "any", {"B": 1}, "float32", OURS, call={"median": 3.0, "low": 3, "high": 3})
+    records.Journal(path, append=True).add(again)
+    assert [(x.way, x.seconds) for x in records.read(path).records] == [(OURS, 3.0), ("theirs", 2.0)]
+    here = records.read(path).environment
+    assert command.open_journal(here, path, append=True).path == path and len(records.read(path).records) == 2
+    with pytest.raises(command.Mistaken, match="--append: .* is of a test, 1 thread at .*; name another --out"):
+        command.open_journal(here | {"commit": "another"}, path, append=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"", "its first line is not an environment"), (b"{garbled", "line 1: not JSON"),
+        (b"\xff\x00", "line 1: not JSON"), (b"[1]", "line 1: not an object"),
+        (b'{"kind": "environment"}', "its environment lacks machine"),
+        (b'ENVIRONMENT\n3\n{"kind": "absent"}', "line 2: not an object"),
+        (b'ENVIRONMENT\n{"kind": "measurement", "new": 1}', "a measurement of another version"),
+        (b'ENVIRONMENT\n{"kind": "measurement","suite": "", "op": "","shape": "", "dtype": "", "way": "", "dims": []}',
+         "a measurement of another version"),
+    ],
+    ids=["empty", "garbled", "bytes", "list", "bare", "number", "fields", "types"],
+)  # fmt: skip
+def test_what_is_no_results_file_is_said_so(
+    text: bytes, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = results(tmp_path / "good.jsonl", {OURS: 1.0}), tmp_path / "bad.jsonl"
+    bad.write_bytes(text.replace(b"ENVIRONMENT", good.read_bytes().splitlines()[0]))
+    for words in (["--from", str(bad)], ["--compare", str(good), str(bad)], ["--compare", str(bad), str(good)]):
+        assert cli.main(["bench", *words]) == 2
+        said = capsys.readouterr().err
+        assert why in said and str(bad) in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("ops --only nothing", "in the name of no case; names are like 'gae/"),
+        ("--seconds 0", "--seconds is a positive"), ("--seconds nan", "--seconds is a positive"),
+        ("--seconds inf", "--seconds is a positive"),
+        ("--threads 0", "--threads is a positive"), ("peers --out FILE/x.jsonl", "--out FILE/x.jsonl: "),
+        ("peers --plots FILE/x", "--plots FILE/x: "), ("peers --append --out FILE", "not a results file"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_before_anything_is_measured(
+    words: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "FILE").write_text("of another's\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suite, "run", lambda *_: pytest.fail("something was measured"))
+    if "append" in words:
+        (tmp_path / "FILE").rename("FILE.jsonl")
+        words += ".jsonl"
+    assert cli.main(["bench", "--device", "cpu", "--quick", *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert why in said and said.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_stopped_run_says_where_its_results_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "run", stop)
+    out = tmp_path / "x.jsonl"
+    words = ["ops", "--quick", "--device", "cpu", "--only", "whiten/primes", "--out", str(out)]
+    assert command.run(words) == 130 and f"stopped; what was measured until then is in {out}" in capsys.readouterr().out
+    assert records.read(out).environment["device"] == "cpu"
+
+
+def test_phases_of_the_engine_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines(*_: Any) -> Any:
+        yield {"kind": "engine", "way": OURS, "model": "one", "verdict": "out of memory"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_engine.bench.engine_bench.lines", lines)
+    out = tmp_path / "x.jsonl"
+    assert command.run(["engine", "--quick", "--device", "cpu", "--out", str(out)]) == 130
+    assert [x["model"] for x in records.read(out).others if x["kind"] == "engine"] == ["one"]
+    assert command.run(["--from", str(out)]) == 0
+
+
 def test_the_newest_results_of_each_machine(tmp_path: Path) -> None:
     for folder, name, date in (
         ("a", "2026-01-02-x", "2026-01-02T03"),
         ("a", "2026-01-02-w", "2026-01-02T04"),
         ("b", "z", "2025"),
     ):
-        records.Journal(tmp_path / folder / f"{name}.jsonl").add({"kind": "environment", "date": date, "commit": name})
+        environment = machine.environment(HERE, "a test") | {"date": date, "commit": name}
+        records.Journal(tmp_path / folder / f"{name}.jsonl").add(environment)
     assert [run.environment["commit"] for run in records.latest(tmp_path)] == ["2026-01-02-w", "z"]
 
 
@@ -179,6 +280,13 @@ def test_compare_says_what_became_slower(tmp_path: Path, capsys: pytest.CaptureF
         out = capsys.readouterr().out
         assert word in next(line for line in out.splitlines() if line.endswith(OURS)) and "gone: " in out
     assert command.run(["--compare", str(before), str(results(tmp_path / "c.jsonl", {"theirs": 1.0}))]) == 1
+
+
+def test_machines_are_not_compared_with_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (results(tmp_path / name, {OURS: 1.0}) for name in ("a.jsonl", "b.jsonl"))
+    other.write_text(other.read_text().replace("a test, 1 thread", "NVIDIA H100"))
+    assert cli.main(["bench", "--compare", str(one), str(other)]) == 2
+    assert "times of a test, 1 thread and of NVIDIA H100 say nothing of the code" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
