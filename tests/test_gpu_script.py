@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rlhf_engine.bench import ops_cases
 from rlhf_engine.bench.gpu import __main__ as gpu
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +30,7 @@ def main(
 ) -> tuple[int, dict[str, Any]]:
     monkeypatch.setattr(gpu, "steps", lambda rehearse: steps)
     monkeypatch.setattr(gpu, "CARRIED", tmp_path / "carried")
-    for name in ("SITE", "ARCHIVES", "STATE"):
+    for name in ("SITE", "ARCHIVES", "STATE", "KEPT"):
         monkeypatch.setattr(gpu, name, tmp_path / "build" / name.lower())
     monkeypatch.setattr(sys, "argv", ["gpu", *words])
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
@@ -67,8 +70,56 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     code, found = main(monkeypatch, tmp_path, steps)
     assert code == 0 and count.read_text() == "xx" and found["done"]["verdict"] == "passed"
     assert main(monkeypatch, tmp_path, steps, "--again")[0] == 0 and count.read_text() == "xxxx"
-    monkeypatch.setattr(gpu, "commit", lambda: "another")  # of other code nothing is known
+    monkeypatch.setattr(gpu, "code", lambda: "another")  # of other code nothing is known
     assert main(monkeypatch, tmp_path, steps)[0] == 0 and count.read_text() == "xxxxxx"
+
+
+def test_a_state_that_was_cut_off_and_an_emptied_results_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [step("measure", "print('one')", file="bench.jsonl"), step("look", "raise SystemExit(1)")]
+    out, state = tmp_path / "out", tmp_path / "build/state"
+    assert main(monkeypatch, tmp_path, steps)[0] == 1
+    shutil.rmtree(out)
+    steps[1] = step("look", f"assert 'one' in open({str(out / 'bench.jsonl')!r}).read()")
+    assert main(monkeypatch, tmp_path, steps)[0] == 0 and "one" in (out / "bench.jsonl").read_text()
+    assert main(monkeypatch, tmp_path, steps[:1], "--steps", "measure")[1].keys() == {"measure", "look"}
+    state.write_text(state.read_text()[:-20])
+    assert main(monkeypatch, tmp_path, steps)[0] == 0
+    assert (out / "bench.jsonl").read_text().count("=== measure") == 1  # what came before is of nobody knows what
+
+
+def test_a_step_at_its_limit_says_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_x.py").write_text(
+        "import time\ndef test_a(): assert 1 == 2\ndef test_b(): time.sleep(60)\ndef test_c(): pass\n"
+    )
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    steps = [gpu.Step("tests", 8, [*words, str(tmp_path / "test_x.py")], "tests.txt")]
+    code, found = main(monkeypatch, tmp_path, steps)
+    assert code == 1 and found["tests"]["verdict"] == "cut off" and "1 failed" in found["tests"]["told"]
+    assert "assert 1 == 2" in (tmp_path / "out/tests.txt").read_text()
+
+
+def test_a_step_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(monkeypatch, tmp_path, [step("fine", "")], "--steps", "fein")
+    assert ended.value.code == 2 and "there is none of that name; they are fine" in capsys.readouterr().err
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SystemExit) as ended:
+        main(monkeypatch, tmp_path, [step("fine", "")])
+    assert ended.value.code == 2 and "name another folder in OUT" in capsys.readouterr().err
+
+
+def test_every_benchmark_of_a_gpu_is_in_a_step() -> None:
+    device = torch.device("cuda")
+    asked = [x.words[x.words.index("--only") + 1] for x in gpu.steps(False) if "--only" in x.words]
+    names = [case.name for case in ops_cases.cases(device, False)]
+    assert all(sum(re.search(only, name) is not None for only in asked) == 1 for name in names)
+    for rehearsed in (x.words for x in gpu.steps(True) if "--only" in x.words):
+        only = rehearsed[rehearsed.index("--only") + 1]
+        assert any(re.search(only, case.name) for case in ops_cases.cases(device, True))
 
 
 def test_out_of_time_is_said_and_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +149,8 @@ def test_what_was_carried_is_joined_and_installed(tmp_path: Path, monkeypatch: p
 
 def test_results_are_few_and_flat() -> None:
     for rehearse in (True, False):
-        files = {each.file for each in gpu.steps(rehearse)} | {"summary.json"}
-        outs = {word for each in gpu.steps(rehearse) for word in each.words if word.startswith("{out}/")}
-        assert len(files | outs) <= 8 and all(name.count("/") <= 1 for name in files | outs)
+        files = gpu.files_of(gpu.steps(rehearse))
+        assert len(files) <= 8 and not any("/" in name for name in files) and "bench.jsonl" in files
     assert sum(each.seconds for each in gpu.steps(False)[:3]) <= 480  # at their limits the tests still end in a call
 
 

