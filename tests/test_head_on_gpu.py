@@ -69,7 +69,9 @@ def test_no_worse_than_the_reference(function: Any, dtype: torch.dtype, logits_d
         # Gradients of narrow inputs are products of rounded factors, and a ratio next to its bound may fall beyond it.
         slack = float(truth[name].double().abs().amax()) * (1e-5 if dtype is torch.float32 else 3e-3)
         slack += 2.0 * name.startswith("clip_fraction")
-        assert errors[0] <= 1.5 * errors[1] + (slack if name not in ("logprobs", "entropy") else 1e-6), (name, errors)
+        # A tensor core cuts off what it adds up where float32 rounds: half an ulp of a logit at each of 16 steps.
+        scored = 1e-6 if dtype is torch.float32 else 3e-6
+        assert errors[0] <= 1.5 * errors[1] + (slack if name not in ("logprobs", "entropy") else scored), (name, errors)
     if function is logprobs and logits_dtype == "float32":
         assert float((ours["logprobs"].double() - truth["logprobs"]).abs().amax()) <= 1e-4
 
