@@ -35,6 +35,7 @@ BOUND = 2e-5
 # Logits of size 10 in bfloat16 are exact inputs here; only the gradient is rounded to their dtype. Plain PyTorch adds
 # up 150,000 probabilities in float32 with an error of 3e-5 on CPUs, which entropies and gradients show.
 LOGPROB_BOUND = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+AT_ONCE = 2**26  # logits in float64
 SHAPES = {
     "cuda": {
         "Qwen3-8B GRPO batch": (512, 4096), "long context": (16, 65_536), "verl's report": (1024, 32_768),
@@ -107,15 +108,11 @@ def true_loss_side(op: str, x: Tensors) -> Answer:
 
 def true_logprobs(tensors: Tensors, backward: bool) -> Answer:
     """In float64, some rows at a time."""
-    parts, rows = [], max(1, 2**26 // tensors["logits"].shape[1])
+    parts, rows = [], max(1, AT_ONCE // tensors["logits"].shape[1])
     for start in range(0, len(tensors["targets"]), rows):
-        part = {name: x[start : start + rows] for name, x in doubled_rows(tensors, start, rows).items()}
+        part = doubled({name: x[start : start + rows] for name, x in tensors.items()})
         parts.append(SOLVE["token_logprobs_backward" if backward else "token_logprobs"](part, backend="reference"))
     return {name: torch.cat([part[name].float() for part in parts]) for name in parts[0]}
-
-
-def doubled_rows(tensors: Tensors, start: int, rows: int) -> Tensors:
-    return doubled({name: x[start : start + rows] for name, x in tensors.items()})
 
 
 def make_batch(count: int, length: int, generator: torch.Generator, *names: str) -> Tensors:

@@ -355,6 +355,17 @@ def test_bytes_are_those_of_inputs_and_results() -> None:
         assert made.bytes_moved == moved, op
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_truth_in_parts_is_the_truth(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's cases have more logits than float64 holds at once."""
+    tensors = ops_cases.make_logits(23, 101, torch.bfloat16, torch.Generator().manual_seed(0))
+    whole = ops_cases.true_logprobs(tensors, backward)
+    monkeypatch.setattr(ops_cases, "AT_ONCE", 5 * 101)
+    found = ops_cases.true_logprobs(tensors, backward)
+    assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in whole.items()}
+    assert max(errors(found, whole).values()) < 1e-6
+
+
 def test_memory_of_a_way_in_a_process_of_its_own() -> None:
     from rlhf_engine.bench import memory
 
