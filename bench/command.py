@@ -198,7 +198,8 @@ def open_journal(environment: dict[str, Any], out: Path, append: bool) -> Any:
     path = out if out.suffix == ".jsonl" else records.place(environment, out)
     if append and path.is_file() and path.stat().st_size:
         held = records.read(path).environment
-        if any(held[key] != environment[key] for key in ("machine", "commit")):
+        both = [(x["machine"], x["commit"].removesuffix("-dirty")) for x in (held, environment)]
+        if both[0] != both[1]:
             raise Mistaken(
                 f"--append: {path} is of {held['machine']} at {held['commit']}, and this is {environment['machine']} "
                 f"at {environment['commit']}; name another --out"

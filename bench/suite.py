@@ -68,8 +68,7 @@ def run_case(case: Case, machine: Machine, effort: Effort) -> list[Record]:
         try:
             timings = measure(works, second, device, len(sets), effort.seconds, effort.rounds)
         except Broken as broken:  # the others are timed without it
-            with told_in(records[broken.name]):
-                raise (broken.__cause__ or broken) from None
+            tell_failure(records[broken.name], broken.__cause__ or broken)
             del works[broken.name], second[broken.name]
             free(device)
     for name, timing in timings.items():
@@ -86,12 +85,16 @@ def told_in(record: Record) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("default" if record.way.startswith(OURS) else "ignore")
             yield
-    except torch.OutOfMemoryError:
-        record.verdict = "out of memory"
     except Exception as error:
-        record.verdict = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        tell_failure(record, error)
     if not record.timed:
         record.first = record.peak_bytes = None
+
+
+def tell_failure(record: Record, error: BaseException) -> None:
+    kind, text = type(error).__name__, " ".join(str(error).split())[:300]
+    record.verdict = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"failed: {kind}: {text}"
+    record.first = record.peak_bytes = None
 
 
 def input_sets(case: Case, machine: Machine) -> list[Tensors]:

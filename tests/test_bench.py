@@ -13,7 +13,19 @@ import pytest
 import torch
 
 from rlhf_engine import cli
-from rlhf_engine.bench import clock, command, head_cases, machine, ops_cases, plots, records, suite, suites, table
+from rlhf_engine.bench import (
+    clock,
+    command,
+    head_cases,
+    machine,
+    ops_cases,
+    plots,
+    recompiles,
+    records,
+    suite,
+    suites,
+    table,
+)
 from rlhf_engine.bench.case import OURS, Answer, Case, Tensors, Way, errors, wrong
 
 CPU = torch.device("cpu")
@@ -364,6 +376,22 @@ def test_the_truth_in_parts_is_the_truth(backward: bool, monkeypatch: pytest.Mon
     found = ops_cases.true_logprobs(tensors, backward)
     assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in whole.items()}
     assert max(errors(found, whole).values()) < 1e-6
+
+
+def test_new_lengths_are_timed_for_right_answers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompiles, "SIZES", (11, 13, 17))
+    right = ops_cases.SOLVE["kl_gae"]
+
+    def off(x: Tensors, backend: str | None) -> Answer:
+        found = right(x, backend)
+        return found if backend or x["mask"].shape[1] < 17 else {name: 1.001 * y for name, y in found.items()}
+
+    monkeypatch.setitem(ops_cases.SOLVE, "kl_gae", off)
+    monkeypatch.setattr("rlhf_engine.bench.peers.ways", lambda *_: [])
+    found = {line["op"]: line for line in recompiles.lines(CPU, True)}
+    assert found["kl_gae"]["verdict"].startswith("wrong: advantages is off") and "first" not in found["kl_gae"]
+    assert "advantages is off" in table.recompiles(found["kl_gae"])
+    assert found["ppo_loss"]["verdict"] == "right" and len(found["ppo_loss"]["first"]) == 3
 
 
 def test_memory_of_a_way_in_a_process_of_its_own() -> None:
