@@ -535,6 +535,22 @@ def test_a_loss_backward_twice_is_pytorchs_own_error() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("op", ["ppo_loss", "value_loss"])
+def test_a_kept_graph_gives_its_gradient_again(op: str) -> None:
+    """The gradient is handed on as it lies where the upstream is 1: later sums into .grad must not reach it."""
+    x = torch.randn(5, 7, requires_grad=True)
+    mask, others = torch.ones(5, 7, dtype=torch.bool), torch.randn(2, 5, 7)
+    loss, _ = getattr(ops, op)(x, *others, mask)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone()
+    for times in (2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(x.grad, times * once, rtol=1e-6, atol=0)
+    (2 * loss).backward()
+    torch.testing.assert_close(x.grad, 5 * once, rtol=1e-6, atol=0)
+    assert once.abs().sum() > 0
+
+
 def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(2, 3, requires_grad=True)
     loss, _ = ops.ppo_loss(x, x.detach(), torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool), backend="cpu")

@@ -183,4 +183,11 @@ class WithGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
-        return None, *[upstream * g if w else None for g, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        return None, *[_scaled(upstream, g) if w else None for g, w in zip(ctx.saved_tensors, wanted, strict=True)]
+
+
+def _scaled(upstream: Tensor, gradient: Tensor) -> Tensor:
+    """Their product; without a pass over the gradient where a look at `upstream` costs nothing and it is 1."""
+    if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.numel() == 1 and upstream.item() == 1:
+        return gradient
+    return upstream * gradient
